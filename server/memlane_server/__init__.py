@@ -1,0 +1,1 @@
+"""The HTTP side of memlane. It holds text, never tensors: nothing here imports torch."""
