@@ -10,7 +10,6 @@ nothing of a dead one can be mistaken for the living.
 
 from __future__ import annotations
 
-
 import msgspec
 
 from memlane.request import SamplingParams, TokenDelta
@@ -95,8 +94,8 @@ ToEngine = Add | Abort | Drain
 FromEngine = Ready | Deltas | Stats | Fatal
 
 _encoder = msgspec.msgpack.Encoder()
-_to_engine = msgspec.msgpack.Decoder(ToEngine)
-_from_engine = msgspec.msgpack.Decoder(FromEngine)
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:
