@@ -1,0 +1,98 @@
+"""A memory layer: product keys choose rows of a value table, their weighted sum replaces the feed-forward output.
+
+    x [T, D] ─ query ─ [T, H, 2, Q/2] · keys [H, 2, N, Q/2] ─ scores [T, H, 2, N] ─ top-k ─ ids, weights [T, H*K]
+                                                                                              │
+       out = gate(x) * value_proj( silu(swilu(x)) * table.weighted_sum(ids, weights) )  ◄─────┘
+
+Weights are a softmax over the K rows of each head; heads add up, and a row chosen by two heads counts twice.
+Sources: "Memory Layers at Scale" (Berges et al. 2024) for Memory+; "Mixture of A Million Experts" (He 2024) for PEER.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memlane.models.config import MemoryConfig
+from memlane.models.product_keys import Selection, select
+from memlane.tables import Table
+
+__all__ = ["MemoryLayer"]
+
+# Scores of a whole prefill chunk would take gigabytes (T * H * 2 * N * 4 bytes); without gradients they are made and
+# searched in pieces of about this size. The table still sees all tokens of the step in one call.
+_SCORE_BYTES = 32 << 20
+
+
+class MemoryLayer(nn.Module):
+    """One memory layer over tables it does not own: they are not parameters of it, nor part of its state dict.
+
+    tables: as `MemoryConfig.table_names` lists them: one, or two for PEER (U, then V).
+    Queries, keys, scores and the choice of rows are fp32 whatever the model's dtype: in bf16, near-ties flip rows.
+    """
+
+    def __init__(self, hidden: int, config: MemoryConfig, tables: Sequence[Table]) -> None:
+        super().__init__()
+        self.config = config
+        heads, half, width = config.num_heads, config.key_dim // 2, config.value_dim
+        self.query = nn.Linear(hidden, heads * config.key_dim)
+        self.keys = nn.Parameter(torch.empty(heads, 2, config.num_keys, half))
+        self.swilu = nn.Linear(hidden, width) if config.swilu else None
+        self.value_proj = nn.Linear(width, hidden) if config.value_proj else None
+        self.gate = nn.Linear(hidden, 1) if config.gated else None
+        self.log_score_scale = nn.Parameter(torch.zeros(heads)) if config.score_scale else None
+        self._tables = tuple(tables)  # in a tuple, so that nn.Module does not adopt tables that are modules
+        self._check_tables()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, D] after the norm -> [T, D], in x's dtype. Raises RowReadError if a row cannot be read."""
+        ids, weights = self.lookup(x)
+        if self.config.kind == "peer":
+            experts_in, experts_out = self._tables
+            activation = F.gelu(experts_in.dot(ids, x.float())) * weights
+            out = experts_out.weighted_sum(ids, activation).to(x.dtype)
+        else:
+            out = self._project(self._tables[0].weighted_sum(ids, weights), x)
+        return out if self.gate is None else out * torch.sigmoid(self.gate(x))
+
+    def lookup(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, D] -> the ids int64 and softmax weights fp32 of the rows to read, both [T, H*K], heads one after another."""
+        chosen = self.select(x)
+        scores = chosen.scores
+        if self.log_score_scale is not None:
+            scores = scores * self.log_score_scale.exp()[:, None]
+        return chosen.ids.flatten(1), torch.softmax(scores, dim=-1).flatten(1)
+
+    def select(self, x: Tensor) -> Selection:
+        """x [T, D] -> row ids int64 and raw scores fp32, both [T, H, K], best first."""
+        heads, knn, n = self.config.num_heads, self.config.knn, self.config.num_keys
+        query = F.linear(x.float(), self.query.weight, self.query.bias)
+        query = query.view(x.shape[0], heads * 2, -1).transpose(0, 1)  # [H*2, T, Q/2]
+        keys = self.keys.flatten(0, 1).transpose(1, 2)  # [H*2, Q/2, N]
+        step = max(1, x.shape[0] if torch.is_grad_enabled() else _SCORE_BYTES // (heads * 2 * n * 4))
+        parts = [
+            select(torch.bmm(part, keys).transpose(0, 1).reshape(-1, 2, n), knn)
+            for part in torch.split(query, step, dim=1)
+        ]
+        ids, scores = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
+        return Selection(ids.view(-1, heads, knn), scores.view(-1, heads, knn))
+
+    def _project(self, bag: Tensor, x: Tensor) -> Tensor:
+        """bag fp32 [T, width] -> [T, D] in x's dtype; the product with silu is rounded once."""
+        if self.swilu is not None:
+            bag = bag * F.silu(self.swilu(x))
+        out = bag.to(x.dtype)
+        return out if self.value_proj is None else self.value_proj(out)
+
+    def _check_tables(self) -> None:
+        wanted = (self.config.rows, self.config.value_dim)
+        if len(self._tables) != (2 if self.config.kind == "peer" else 1):
+            raise ValueError(f"a {self.config.kind} layer got {len(self._tables)} tables")
+        for table in self._tables:
+            if (table.rows, table.width) != wanted:
+                raise ValueError(
+                    f"table {table.name!r} is {table.rows} x {table.width}, the layer needs {wanted}"
+                )
