@@ -11,9 +11,6 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-DEV := hypothesis matplotlib mypy openai psutil pytest pytest-asyncio pytest-timeout ruff sentencepiece \
-       tiktoken types-tqdm
-
 .DEFAULT_GOAL := help
 .PHONY: help serve test lint fmt bench docs clean
 
@@ -40,7 +37,7 @@ $(VENV)/memlane.done: $(VENV)/torch.done $(NATIVE)
 	@touch $@
 
 $(VENV)/dev.done: $(VENV)/memlane.done
-	$(BIN)/pip install -q $(DEV)
+	$(BIN)/pip install -q --group dev
 	@touch $@
 
 serve: $(VENV)/memlane.done ## serve the demo model (PORT=8000), or MODEL=path
