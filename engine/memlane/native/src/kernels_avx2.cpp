@@ -1,0 +1,76 @@
+// Kernels for AVX2 with FMA and F16C (x86-64-v3).
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.h"
+#include "order.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi")
+#endif
+
+namespace memlane {
+namespace {
+
+struct V {
+  static constexpr int L = 8;
+  using f = __m256;
+  using codes = __m256i;
+  static f zero() { return _mm256_setzero_ps(); }
+  static f set1(float x) { return _mm256_set1_ps(x); }
+  static f load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, f x) { _mm256_storeu_ps(p, x); }
+  static f fma(f a, f b, f c) { return _mm256_fmadd_ps(a, b, c); }
+  static f max(f a, f b) { return _mm256_max_ps(a, b); }
+  static std::uint32_t not_less(f a, f b) {
+    return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)));
+  }
+  static __m128i load_16(const std::uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static __m128i load_8(const std::uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
+  static f load_f32(const std::uint8_t* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
+  static f load_bf16(const std::uint8_t* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16(p)), 16));
+  }
+  static f load_f16(const std::uint8_t* p) { return _mm256_cvtph_ps(load_16(p)); }
+  static f load_i8(const std::uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_8(p))); }
+  static codes load_codes(const std::uint8_t* p) { return _mm256_cvtepu8_epi32(load_8(p)); }
+  static f nibbles(__m256i unsigned_codes) {
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(unsigned_codes, _mm256_set1_epi32(8)));
+  }
+  static f low_nibbles(codes c) { return nibbles(_mm256_and_si256(c, _mm256_set1_epi32(15))); }
+  static f high_nibbles(codes c) { return nibbles(_mm256_srli_epi32(c, 4)); }
+};
+
+#include "kernels_impl.inc"
+
+}  // namespace
+
+const KernelSet* avx2_kernels() {
+  static const KernelSet set{"avx2", weighted_sum_any, dot_any, gather_any, touch, top_k, count_larger};
+  static const bool usable = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                             __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi");
+  return usable ? &set : nullptr;
+}
+
+}  // namespace memlane
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#else
+
+namespace memlane {
+const KernelSet* avx2_kernels() { return nullptr; }
+}  // namespace memlane
+
+#endif

@@ -1,0 +1,79 @@
+// Kernels for AVX-512 F, BW, DQ and VL (x86-64-v4).
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.h"
+#include "order.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi"))), \
+                             apply_to = function)
+#else
+// GCC 12's own intrinsics start from a deliberately undefined register and then warn about it (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,prefer-vector-width=512")
+#endif
+
+namespace memlane {
+namespace {
+
+struct V {
+  static constexpr int L = 16;
+  using f = __m512;
+  using codes = __m512i;
+  static f zero() { return _mm512_setzero_ps(); }
+  static f set1(float x) { return _mm512_set1_ps(x); }
+  static f load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, f x) { _mm512_storeu_ps(p, x); }
+  static f fma(f a, f b, f c) { return _mm512_fmadd_ps(a, b, c); }
+  static f max(f a, f b) { return _mm512_max_ps(a, b); }
+  static std::uint32_t not_less(f a, f b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
+  static __m256i load_32(const std::uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static __m128i load_16(const std::uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static f load_f32(const std::uint8_t* p) { return _mm512_loadu_ps(p); }
+  static f load_bf16(const std::uint8_t* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_32(p)), 16));
+  }
+  static f load_f16(const std::uint8_t* p) { return _mm512_cvtph_ps(load_32(p)); }
+  static f load_i8(const std::uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16(p))); }
+  static codes load_codes(const std::uint8_t* p) { return _mm512_cvtepu8_epi32(load_16(p)); }
+  static f nibbles(__m512i unsigned_codes) {
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(unsigned_codes, _mm512_set1_epi32(8)));
+  }
+  static f low_nibbles(codes c) { return nibbles(_mm512_and_si512(c, _mm512_set1_epi32(15))); }
+  static f high_nibbles(codes c) { return nibbles(_mm512_srli_epi32(c, 4)); }
+};
+
+#include "kernels_impl.inc"
+
+}  // namespace
+
+const KernelSet* avx512_kernels() {
+  static const KernelSet set{"avx512", weighted_sum_any, dot_any, gather_any, touch, top_k, count_larger};
+  static const bool usable = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                             avx2_kernels() != nullptr;
+  return usable ? &set : nullptr;
+}
+
+}  // namespace memlane
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#else
+
+namespace memlane {
+const KernelSet* avx512_kernels() { return nullptr; }
+}  // namespace memlane
+
+#endif

@@ -1,0 +1,46 @@
+// Kernels without vector instructions: what every machine can run, and the twin the others are tested against.
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.h"
+#include "order.h"
+
+namespace memlane {
+namespace {
+
+// What a vector type offers: L floats; loads from unaligned bytes, widened to fp32; fma(a, b, c) = a * b + c with
+// one rounding; max(a, b) is one of the two; not_less gives a bit per lane, set unless a < b.
+struct V {
+  static constexpr int L = 1;
+  using f = float;
+  using codes = int;
+  static f zero() { return 0.0F; }
+  static f set1(float x) { return x; }
+  static f load(const float* p) { return *p; }
+  static void store(float* p, f x) { *p = x; }
+  static f fma(f a, f b, f c) { return __builtin_fmaf(a, b, c); }
+  static f max(f a, f b) { return a > b ? a : b; }
+  static std::uint32_t not_less(f a, f b) { return a < b ? 0U : 1U; }
+  static f load_f32(const std::uint8_t* p);
+  static f load_bf16(const std::uint8_t* p);
+  static f load_f16(const std::uint8_t* p);
+  static f load_i8(const std::uint8_t* p) { return static_cast<float>(static_cast<std::int8_t>(*p)); }
+  static codes load_codes(const std::uint8_t* p) { return *p; }
+  static f low_nibbles(codes c) { return static_cast<float>((c & 15) - 8); }
+  static f high_nibbles(codes c) { return static_cast<float>((c >> 4) - 8); }
+};
+
+#include "kernels_impl.inc"
+
+inline V::f V::load_f32(const std::uint8_t* p) { return element<RowFormat::float32>(p, 0, 1); }
+inline V::f V::load_bf16(const std::uint8_t* p) { return element<RowFormat::bfloat16>(p, 0, 1); }
+inline V::f V::load_f16(const std::uint8_t* p) { return element<RowFormat::float16>(p, 0, 1); }
+
+}  // namespace
+
+const KernelSet* scalar_kernels() {
+  static const KernelSet set{"scalar", weighted_sum_any, dot_any, gather_any, touch, top_k, count_larger};
+  return &set;
+}
+
+}  // namespace memlane
