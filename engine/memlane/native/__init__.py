@@ -6,19 +6,30 @@ import torch
 from torch import Tensor
 
 from memlane.native import _core
+from memlane.native._core import (
+    Arena,
+    RowIndex,
+    RowReader,
+    RowView,
+    force_kernel_variant,
+    get_threads,
+    kernel_variant,
+    kernel_variants,
+    set_threads,
+)
 
 __all__ = [
+    "Arena",
+    "RowIndex",
+    "RowReader",
+    "RowView",
+    "force_kernel_variant",
     "get_threads",
     "kernel_variant",
     "kernel_variants",
     "select_product_keys",
     "set_threads",
 ]
-
-get_threads = _core.get_threads
-set_threads = _core.set_threads
-kernel_variant = _core.kernel_variant
-kernel_variants = _core.kernel_variants
 
 
 def select_product_keys(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

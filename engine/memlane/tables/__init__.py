@@ -4,7 +4,21 @@ This package imports nothing of ours but `memlane.native` and is usable on its o
 """
 
 from memlane.tables.errors import RowReadError, TableError, TableFormatError
+from memlane.tables.layout import RowFormat, TableLayout
 from memlane.tables.protocol import Table
 from memlane.tables.reference import ReferenceTable
+from memlane.tables.stats import TableStats
+from memlane.tables.table import Placement, ValueTable
 
-__all__ = ["ReferenceTable", "RowReadError", "Table", "TableError", "TableFormatError"]
+__all__ = [
+    "Placement",
+    "ReferenceTable",
+    "RowFormat",
+    "RowReadError",
+    "Table",
+    "TableError",
+    "TableFormatError",
+    "TableLayout",
+    "TableStats",
+    "ValueTable",
+]

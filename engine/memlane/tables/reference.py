@@ -17,7 +17,13 @@ class ReferenceTable(nn.Module):
     """
 
     def __init__(
-        self, rows: int, width: int, *, name: str = "values", init_std: float | None = None, sparse_grad: bool = False
+        self,
+        rows: int,
+        width: int,
+        *,
+        name: str = "values",
+        init_std: float | None = None,
+        sparse_grad: bool = False,
     ) -> None:
         """A table of normal(0, init_std) rows; init_std defaults to width ** -0.5 as in Memory Layers at Scale."""
         super().__init__()
@@ -27,7 +33,9 @@ class ReferenceTable(nn.Module):
         nn.init.normal_(self.weight, std=width**-0.5 if init_std is None else init_std)
 
     @classmethod
-    def from_tensor(cls, values: Tensor, *, name: str = "values", sparse_grad: bool = False) -> ReferenceTable:
+    def from_tensor(
+        cls, values: Tensor, *, name: str = "values", sparse_grad: bool = False
+    ) -> ReferenceTable:
         """A table holding `values` [rows, width], widened to fp32. fp32 input is shared, not copied."""
         table = cls(0, values.shape[1], name=name, sparse_grad=sparse_grad)
         table.weight = nn.Parameter(values.detach().to(torch.float32))

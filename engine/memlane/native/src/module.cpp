@@ -5,4 +5,5 @@
 
 NB_MODULE(_core, module) {
   bind_kernels(module);
+  bind_index(module);
 }

@@ -1,0 +1,145 @@
+// Bindings of the row index and the row reader.
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <system_error>
+
+#include "bindings.h"
+#include "row_index.h"
+#include "row_reader.h"
+
+using namespace memlane;
+using namespace nb::literals;
+
+namespace {
+
+template <class T>
+nb::ndarray<nb::numpy, T, nb::ndim<1>> to_numpy(std::vector<T> values) {
+  auto* data = new std::vector<T>(std::move(values));
+  nb::capsule owner(data, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
+  return {data->data(), {data->size()}, owner};
+}
+
+template <class Id>
+std::size_t lookup(RowIndex& index, Vector<const Id> ids, Vector<std::int32_t> slots) {
+  using U = std::make_unsigned_t<Id>;
+  require(slots.shape(0) >= ids.shape(0), "slots must hold one entry for each id");
+  const std::size_t count = ids.shape(0);
+  const Id* data = ids.data();
+  for (std::size_t i = 0; i < count; ++i) {
+    if (static_cast<U>(data[i]) >= index.rows()) {  // negative ids are huge
+      const auto text = "row id " + std::to_string(data[i]) + " is outside [0, " + std::to_string(index.rows()) + ")";
+      throw nb::index_error(text.c_str());
+    }
+  }
+  nb::gil_scoped_release release;
+  return index.lookup(data, count, slots.data());
+}
+
+nb::tuple misses(const RowIndex& index) {
+  std::vector<std::int64_t> rows;
+  std::vector<std::int32_t> slots;
+  rows.reserve(index.misses().size());
+  slots.reserve(index.misses().size());
+  for (const auto& miss : index.misses()) {
+    rows.push_back(miss.row);
+    slots.push_back(miss.slot);
+  }
+  return nb::make_tuple(to_numpy(std::move(rows)), to_numpy(std::move(slots)));
+}
+
+nb::dict counters(const RowIndex& index) {
+  const auto& c = index.counters();
+  nb::dict d;
+  d["requested_rows"] = c.requested;
+  d["unique_rows"] = c.unique;
+  d["hits"] = c.hits;
+  d["misses"] = c.misses;
+  d["unique_misses"] = c.unique_misses;
+  d["evictions"] = c.evictions;
+  d["scratch_rows"] = c.scratch_rows;
+  return d;
+}
+
+nb::tuple read_rows(RowReader& reader, Vector<const std::int64_t> rows, Vector<const std::int32_t> slots, Arena& arena) {
+  const std::size_t count = rows.shape(0);
+  require(slots.shape(0) == count, "rows and slots must be of equal length");
+  const std::size_t capacity = arena.size() / reader.stride();
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto row = static_cast<std::uint64_t>(rows.data()[i]);
+    require(row < reader.rows(), "a row id is outside the table");
+    require(i == 0 || rows.data()[i - 1] < rows.data()[i], "rows must be ascending and unique");
+    require(static_cast<std::uint32_t>(slots.data()[i]) < capacity, "a slot lies outside the arena");
+  }
+  std::vector<RowReader::Failure> failures;
+  {
+    nb::gil_scoped_release release;
+    failures = reader.read(rows.data(), slots.data(), count, arena.data());
+  }
+  std::vector<std::int64_t> positions;
+  std::vector<std::int32_t> errors;
+  for (const auto& failure : failures) {
+    positions.push_back(failure.position);
+    errors.push_back(failure.error);
+  }
+  return nb::make_tuple(to_numpy(std::move(positions)), to_numpy(std::move(errors)));
+}
+
+RowReader* open_reader(const std::string& path, std::uint64_t offset, std::size_t stride, std::size_t rows,
+                       bool allow_uring, bool allow_direct, unsigned depth, std::size_t merge_gap) {
+  try {
+    return new RowReader({path, offset, stride, rows, allow_uring, allow_direct, depth, merge_gap});
+  } catch (const std::system_error& error) {
+    errno = error.code().value();
+    PyErr_SetFromErrnoWithFilename(PyExc_OSError, path.c_str());
+    throw nb::python_error();
+  }
+}
+
+}  // namespace
+
+void bind_index(nb::module_& module) {
+  nb::class_<RowIndex>(module, "RowIndex")
+      .def(nb::init<std::size_t, std::size_t, std::size_t>(), "rows"_a, "slots"_a, "scratch"_a)
+      .def("begin_batch", &RowIndex::begin_batch)
+      .def("lookup", &lookup<std::int32_t>, "ids"_a.noconvert(), "slots"_a.noconvert())
+      .def("lookup", &lookup<std::int64_t>, "ids"_a.noconvert(), "slots"_a.noconvert())
+      .def("miss_count", [](const RowIndex& index) { return index.misses().size(); })
+      .def("misses", &misses)
+      .def(
+          "commit",
+          [](RowIndex& index, Vector<const std::int64_t> failed) { index.commit(failed.data(), failed.shape(0)); },
+          "failed"_a.noconvert())
+      .def("commit", [](RowIndex& index) { index.commit(nullptr, 0); })
+      .def("abort", &RowIndex::abort)
+      .def("release_scratch", &RowIndex::release_scratch)
+      .def("end_batch", &RowIndex::end_batch)
+      .def("contains", [](const RowIndex& index, std::size_t row) {
+        if (row >= index.rows()) throw nb::index_error("row id is outside the table");
+        return index.contains(row);
+      }, "row"_a)
+      .def("clear", &RowIndex::clear)
+      .def("recency", [](const RowIndex& index) { return to_numpy(index.recency()); })
+      .def("check", &RowIndex::check)
+      .def("counters", &counters)
+      .def_prop_ro("rows", &RowIndex::rows)
+      .def_prop_ro("slots", &RowIndex::slots)
+      .def_prop_ro("scratch", &RowIndex::scratch)
+      .def_prop_ro("used", &RowIndex::used)
+      .def_prop_ro("nbytes", &RowIndex::bytes);
+
+  nb::class_<RowReader>(module, "RowReader")
+      .def(nb::new_(&open_reader), "path"_a, "offset"_a, "stride"_a, "rows"_a, "allow_uring"_a = true,
+           "allow_direct"_a = true, "depth"_a = 128, "merge_gap"_a = 4096)
+      .def("read", &read_rows, "rows"_a.noconvert(), "slots"_a.noconvert(), "arena"_a)
+      .def("inject_fault", &RowReader::inject_fault, "first"_a, "last"_a, "error"_a, "times"_a)
+      .def_prop_ro("backend", &RowReader::backend)
+      .def_prop_ro("reason", &RowReader::reason)
+      .def_prop_ro("rows", &RowReader::rows)
+      .def_prop_ro("stride", &RowReader::stride)
+      .def_prop_ro("scratch_bytes", &RowReader::scratch_bytes)
+      .def_prop_ro("bytes_read", &RowReader::bytes_read)
+      .def_prop_ro("reads", &RowReader::reads)
+      .def_prop_ro("retries", &RowReader::retries)
+      .def_prop_ro("in_flight", &RowReader::in_flight);
+}

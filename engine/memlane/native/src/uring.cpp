@@ -1,0 +1,143 @@
+#include "uring.h"
+
+#include <cerrno>
+#include <cstring>
+
+#if defined(__linux__) && __has_include(<linux/io_uring.h>)
+#include <linux/io_uring.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define MEMLANE_HAS_URING 1
+#ifndef IORING_SETUP_COOP_TASKRUN
+#define IORING_SETUP_COOP_TASKRUN (1U << 8)  // Linux 5.19; building needs headers of 5.6 only
+#endif
+#endif
+
+namespace memlane {
+
+#if defined(MEMLANE_HAS_URING)
+
+namespace {
+
+int setup(unsigned entries, io_uring_params& params) {
+  return static_cast<int>(syscall(__NR_io_uring_setup, entries, &params));
+}
+
+int enter(int ring, unsigned submit, unsigned wait_for) {
+  const unsigned flags = wait_for > 0 ? IORING_ENTER_GETEVENTS : 0;
+  return static_cast<int>(syscall(__NR_io_uring_enter, ring, submit, wait_for, flags, nullptr, 0));
+}
+
+std::uint32_t* word(void* memory, std::uint32_t offset) {
+  return reinterpret_cast<std::uint32_t*>(static_cast<char*>(memory) + offset);
+}
+
+}  // namespace
+
+bool Uring::open(unsigned entries, std::string& reason) {
+  io_uring_params params{};
+  params.flags = IORING_SETUP_COOP_TASKRUN;  // fewer interrupts of this thread
+  int ring = setup(entries, params);
+  if (ring < 0 && errno == EINVAL) {
+    params = {};
+    ring = setup(entries, params);
+  }
+  if (ring < 0) {
+    reason = std::string("io_uring_setup: ") + std::strerror(errno);
+    return false;
+  }
+  ring_ = ring;
+  const auto map = [ring](std::size_t bytes, off_t what) {
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, ring, what);
+    return memory == MAP_FAILED ? nullptr : memory;
+  };
+  ring_bytes_ = params.sq_off.array + params.sq_entries * sizeof(std::uint32_t);
+  completion_bytes_ = params.cq_off.cqes + params.cq_entries * sizeof(io_uring_cqe);
+  const bool shared = (params.features & IORING_FEAT_SINGLE_MMAP) != 0;
+  if (shared) ring_bytes_ = ring_bytes_ > completion_bytes_ ? ring_bytes_ : completion_bytes_;
+  entry_bytes_ = params.sq_entries * sizeof(io_uring_sqe);
+  ring_memory_ = map(ring_bytes_, IORING_OFF_SQ_RING);
+  completion_memory_ = shared ? nullptr : map(completion_bytes_, IORING_OFF_CQ_RING);
+  entry_memory_ = map(entry_bytes_, IORING_OFF_SQES);
+  if (ring_memory_ == nullptr || entry_memory_ == nullptr || (!shared && completion_memory_ == nullptr)) {
+    reason = std::string("io_uring mmap: ") + std::strerror(errno);
+    close();
+    return false;
+  }
+  void* completion_ring = shared ? ring_memory_ : completion_memory_;
+  submit_tail_ = word(ring_memory_, params.sq_off.tail);
+  submit_array_ = word(ring_memory_, params.sq_off.array);
+  submit_mask_ = *word(ring_memory_, params.sq_off.ring_mask);
+  complete_head_ = word(completion_ring, params.cq_off.head);
+  complete_tail_ = word(completion_ring, params.cq_off.tail);
+  complete_mask_ = *word(completion_ring, params.cq_off.ring_mask);
+  completions_ = word(completion_ring, params.cq_off.cqes);
+  entries_ = params.sq_entries;
+  return true;
+}
+
+void Uring::close() {
+  if (ring_memory_ != nullptr) munmap(ring_memory_, ring_bytes_);
+  if (completion_memory_ != nullptr) munmap(completion_memory_, completion_bytes_);
+  if (entry_memory_ != nullptr) munmap(entry_memory_, entry_bytes_);
+  if (ring_ >= 0) ::close(ring_);
+  ring_memory_ = completion_memory_ = entry_memory_ = nullptr;
+  ring_ = -1;
+}
+
+void Uring::queue_read(int file, void* buffer, std::uint32_t bytes, std::uint64_t offset, std::uint64_t tag) {
+  const std::uint32_t tail = *submit_tail_;  // only this side writes it
+  const std::uint32_t place = tail & submit_mask_;
+  auto* entry = static_cast<io_uring_sqe*>(entry_memory_) + place;
+  std::memset(entry, 0, sizeof(*entry));
+  entry->opcode = IORING_OP_READ;
+  entry->fd = file;
+  entry->addr = reinterpret_cast<std::uint64_t>(buffer);
+  entry->len = bytes;
+  entry->off = offset;
+  entry->user_data = tag;
+  submit_array_[place] = place;
+  __atomic_store_n(submit_tail_, tail + 1, __ATOMIC_RELEASE);
+  ++queued_;
+}
+
+int Uring::submit_and_wait(unsigned wait_for) {
+  do {
+    const int taken = enter(ring_, queued_, wait_for);
+    if (taken >= 0) {
+      queued_ -= static_cast<unsigned>(taken);
+      if (queued_ == 0) return 0;
+      continue;  // the kernel took some: hand over the rest
+    }
+    if (errno == EAGAIN || errno == EBUSY) return 0;  // it wants completions to be taken first
+    if (errno != EINTR) return errno;
+  } while (true);
+}
+
+bool Uring::next_completion(Completion& completion) {
+  const std::uint32_t head = *complete_head_;
+  if (head == __atomic_load_n(complete_tail_, __ATOMIC_ACQUIRE)) return false;
+  const auto& entry = static_cast<const io_uring_cqe*>(completions_)[head & complete_mask_];
+  completion = {entry.user_data, entry.res};
+  __atomic_store_n(complete_head_, head + 1, __ATOMIC_RELEASE);
+  return true;
+}
+
+Uring::~Uring() { close(); }
+
+#else
+
+bool Uring::open(unsigned, std::string& reason) {
+  reason = "built without io_uring";
+  return false;
+}
+void Uring::close() {}
+void Uring::queue_read(int, void*, std::uint32_t, std::uint64_t, std::uint64_t) {}
+int Uring::submit_and_wait(unsigned) { return ENOSYS; }
+bool Uring::next_completion(Completion&) { return false; }
+Uring::~Uring() = default;
+
+#endif
+
+}  // namespace memlane

@@ -1,0 +1,54 @@
+// io_uring through the kernel's own interface: enough of it to keep many reads in flight from one thread.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace memlane {
+
+// Not thread-safe. Usable only where open() returned true; elsewhere the caller reads in another way.
+class Uring {
+ public:
+  struct Completion {
+    std::uint64_t tag;
+    std::int32_t result;  // bytes read, or -errno
+  };
+
+  Uring() = default;
+  ~Uring();
+  Uring(const Uring&) = delete;
+  Uring& operator=(const Uring&) = delete;
+
+  // False, with the reason in words, where the kernel lacks io_uring or a sandbox refuses it.
+  bool open(unsigned entries, std::string& reason);
+  unsigned entries() const { return entries_; }
+
+  // Queues a read; at most entries() may be queued or in flight at once. `buffer` must live until its completion.
+  void queue_read(int file, void* buffer, std::uint32_t bytes, std::uint64_t offset, std::uint64_t tag);
+  // Hands the queued reads to the kernel and waits for at least `wait_for` completions. Returns 0 or an errno.
+  int submit_and_wait(unsigned wait_for);
+  bool next_completion(Completion& completion);
+
+ private:
+  void close();
+
+  int ring_ = -1;
+  unsigned entries_ = 0;
+  unsigned queued_ = 0;
+  void* ring_memory_ = nullptr;
+  std::size_t ring_bytes_ = 0;
+  void* completion_memory_ = nullptr;  // null where both rings share one mapping
+  std::size_t completion_bytes_ = 0;
+  void* entry_memory_ = nullptr;
+  std::size_t entry_bytes_ = 0;
+  std::uint32_t* submit_tail_ = nullptr;
+  std::uint32_t* submit_array_ = nullptr;
+  std::uint32_t submit_mask_ = 0;
+  std::uint32_t* complete_head_ = nullptr;
+  std::uint32_t* complete_tail_ = nullptr;
+  std::uint32_t complete_mask_ = 0;
+  void* completions_ = nullptr;
+};
+
+}  // namespace memlane
