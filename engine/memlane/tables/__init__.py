@@ -6,9 +6,11 @@ This package imports nothing of ours but `memlane.native` and is usable on its o
 from memlane.tables.errors import RowReadError, TableError, TableFormatError
 from memlane.tables.layout import RowFormat, TableLayout
 from memlane.tables.protocol import Table
+from memlane.tables.quantize import decode_rows, encode_rows
 from memlane.tables.reference import ReferenceTable
 from memlane.tables.stats import TableStats
 from memlane.tables.table import Placement, ValueTable
+from memlane.tables.writer import write_table
 
 __all__ = [
     "Placement",
@@ -21,4 +23,7 @@ __all__ = [
     "TableLayout",
     "TableStats",
     "ValueTable",
+    "decode_rows",
+    "encode_rows",
+    "write_table",
 ]
