@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from memlane.errors import ConfigError
+from memlane.tables import RowFormat
 
 __all__ = ["MemoryConfig", "ModelConfig"]
 
 KINDS = ("product_key", "peer")
-ROW_FORMATS = ("float32", "bfloat16", "float16", "int8", "int4")
+ROW_FORMATS = tuple(row_format.value for row_format in RowFormat)
 DTYPES = ("float32", "bfloat16", "float16")
 
 MODEL_TYPE = "memlane"
@@ -65,6 +66,11 @@ class MemoryConfig:
     def rows_per_token(self) -> int:
         """Rows a token reads in one memory layer (PEER: from each of its two tables)."""
         return self.num_heads * self.knn
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row as it is stored."""
+        return RowFormat(self.row_format).stride(self.value_dim)
 
     def table_names(self, layer: int) -> tuple[str, ...]:
         """Names of the tables that memory layer `layer` reads: ("values",) or, for PEER, ("values_u", "values_v")."""
@@ -206,6 +212,9 @@ def _validate_memory(m: MemoryConfig, c: ModelConfig) -> None:
     _require(m.kind in KINDS, f"memory.kind must be one of {', '.join(KINDS)}, got {m.kind!r}")
     _require(m.row_format in ROW_FORMATS,
              f"memory.row_format must be one of {', '.join(ROW_FORMATS)}, got {m.row_format!r}")  # fmt: skip
+    _require(
+        m.row_format != "int4" or m.value_dim % 2 == 0, f"int4 rows need an even value_dim, got {m.value_dim}"
+    )
     _require(m.key_dim % 2 == 0, f"memory.key_dim must be even, got {m.key_dim}")
     _require(m.num_keys <= 65536, f"memory.num_keys must be at most 65536, got {m.num_keys}")
     _require(m.knn <= m.num_keys, f"memory.knn ({m.knn}) must not exceed memory.num_keys ({m.num_keys})")

@@ -16,10 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-try:
-    from memlane.native import select_product_keys as _native_select
-except ImportError:  # a source tree whose extension is not built yet: the torch twin serves, slower
-    _native_select = None
+from memlane.native import select_product_keys
 
 __all__ = ["Selection", "select", "select_reference"]
 
@@ -39,8 +36,8 @@ def select(scores: Tensor, k: int) -> Selection:
     Gradients flow from the chosen scores into `scores`; the choice itself has none.
     """
     detached = scores.detach()
-    if _native_select is not None and detached.device.type == "cpu":
-        chosen = Selection(*_native_select(detached.contiguous(), k))
+    if detached.device.type == "cpu":
+        chosen = Selection(*select_product_keys(detached, k))
     else:
         chosen = select_reference(detached, k)
     if not (scores.requires_grad and torch.is_grad_enabled()):

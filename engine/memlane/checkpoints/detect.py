@@ -1,0 +1,66 @@
+"""Which form a checkpoint has, told by the names of its files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from memlane.checkpoints.dcp import METADATA
+from memlane.checkpoints.directory import CONFIG, DENSE, open_directory
+from memlane.checkpoints.lingua import CONSOLIDATED, PARAMS, open_consolidated, open_dcp
+from memlane.checkpoints.smlm import REST, open_smlm
+from memlane.checkpoints.source import Checkpoint
+from memlane.errors import CheckpointError
+
+__all__ = ["detect", "open_checkpoint"]
+
+
+def detect(path: str | Path) -> str:
+    """ "memlane", "lingua", "lingua-dcp" or "smlm". Raises CheckpointError if the folder holds none of them."""
+    directory = _directory(Path(path))
+    if (directory / CONFIG).is_file():
+        return "memlane"
+    if (directory / REST).is_file():
+        return "smlm"
+    if _consolidated(directory) is not None:
+        return "lingua"
+    if (directory / METADATA).is_file():
+        return "lingua-dcp"
+    if (directory / DENSE).is_file():
+        raise CheckpointError(directory, f"holds {DENSE} but no {CONFIG}: an unfinished model directory")
+    raise CheckpointError(
+        directory,
+        f"holds no checkpoint: none of {CONFIG}, {REST}, {CONSOLIDATED} (with {PARAMS}), {METADATA}",
+    )
+
+
+def open_checkpoint(path: str | Path, tokenizer: str | Path | None = None) -> Checkpoint:
+    """The checkpoint in a folder of any known form. tokenizer: a tokenizer file or folder that replaces its own."""
+    form, directory = detect(path), _directory(Path(path))
+    override = None if tokenizer is None else Path(tokenizer)
+    if form == "smlm":
+        return open_smlm(directory, override)
+    if form == "lingua":
+        return open_consolidated(_consolidated(directory) or directory, override)
+    if form == "lingua-dcp":
+        return open_dcp(directory, override)
+    return open_directory(directory, override)
+
+
+def _directory(path: Path) -> Path:
+    """The folder meant by `path`; a file inside a checkpoint stands for its folder."""
+    path = path.expanduser()
+    if path.is_file() and path.name in (CONFIG, REST, CONSOLIDATED, METADATA):
+        return path.parent
+    if not path.exists():
+        raise CheckpointError(path, "no such file or directory")
+    if not path.is_dir():
+        raise CheckpointError(path, "is not a checkpoint folder")
+    return path
+
+
+def _consolidated(directory: Path) -> Path | None:
+    """The folder of consolidated.pth: `directory` itself, or the one that consolidation makes inside a step folder."""
+    for folder in (directory, directory / "consolidated"):
+        if (folder / CONSOLIDATED).is_file():
+            return folder
+    return None
