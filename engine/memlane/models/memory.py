@@ -70,7 +70,7 @@ class MemoryLayer(nn.Module):
         """x [T, D] -> row ids int64 and raw scores fp32, both [T, H, K], best first."""
         heads, knn, n = self.config.num_heads, self.config.knn, self.config.num_keys
         query = F.linear(x.float(), self.query.weight, self.query.bias)
-        query = query.view(x.shape[0], heads * 2, -1).transpose(0, 1)  # [H*2, T, Q/2]
+        query = query.view(-1, heads * 2, self.config.key_dim // 2).transpose(0, 1)  # [H*2, T, Q/2]
         keys = self.keys.flatten(0, 1).transpose(1, 2)  # [H*2, Q/2, N]
         step = max(1, x.shape[0] if torch.is_grad_enabled() else _SCORE_BYTES // (heads * 2 * n * 4))
         parts = [

@@ -30,7 +30,7 @@ class SelfAttention(nn.Module):
         self.wo = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, layer: int, rope: Rope, attention: Attention) -> Tensor:
-        qkv = self.wqkv(x).view(x.shape[0], -1, self.head_dim)
+        qkv = self.wqkv(x).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         q, k = (rotate(part, rope, interleaved=self.interleaved) for part in (q, k))
         out: Tensor = self.wo(attention(layer, q, k, v).flatten(1))
