@@ -108,6 +108,11 @@ class ValueTable:
         return self._layout
 
     @property
+    def source(self) -> FileSource:
+        """Where missing rows are read from."""
+        return self._source
+
+    @property
     def placement(self) -> Placement:
         return "host" if self._cache is None else "disk"
 

@@ -65,6 +65,7 @@ void RowIndex::begin_batch() {
     batch_ = 1;
   }
   ++batch_;
+  hits_touched_ = false;
 }
 
 std::int32_t RowIndex::take_slot() {
@@ -91,60 +92,99 @@ std::int32_t RowIndex::take_slot() {
   return -1;
 }
 
+std::int32_t RowIndex::add_miss(std::uint32_t row) {
+  const std::int32_t slot = take_slot();
+  if (slot < 0) return slot;
+  nodes_[static_cast<std::size_t>(slot)].row = row;
+  nodes_[static_cast<std::size_t>(slot)].mark = batch_ * 2 + 1;
+  row_slot_[row] = static_cast<std::uint32_t>(slot) + 1;
+  misses_.push_back({row, slot});
+  return slot;
+}
+
+// All hits of the batch are touched before the first miss takes a slot, so that no miss evicts a row that the
+// batch itself is about to use.
 template <class Id>
-std::size_t RowIndex::lookup(const Id* ids, std::size_t count, std::int32_t* slots_out) {
-  if (!misses_.empty()) throw std::logic_error("lookup: the last lookup was neither committed nor aborted");
-  const std::uint32_t hit = batch_ * 2;
-  const std::uint32_t miss = hit + 1;
-  Node* const nodes = nodes_.data();
-  std::uint64_t hits = 0;
-  std::uint64_t unique = 0;
-  std::size_t i = 0;
-  for (; i < count; ++i) {
-    if (i + kFetchEntry < count) __builtin_prefetch(row_slot_ + ids[i + kFetchEntry]);
+void RowIndex::touch_hits(const Id* ids, std::size_t count, std::int32_t* slots_out) {
+  Node* const nodes = nodes_.data();  // locals: the compiler cannot know that stores to nodes leave members alone
+  Node& head = nodes[head_];
+  const std::uint32_t* const row_slot = row_slot_;
+  const std::uint32_t batch = batch_;
+  std::uint64_t touched = 0;
+  missed_.clear();
+  for (std::size_t i = 0; i < count; ++i) {
+    if (i + kFetchEntry < count) __builtin_prefetch(row_slot + ids[i + kFetchEntry]);
     if (i + kFetchNode < count) {
-      const std::uint32_t entry = row_slot_[ids[i + kFetchNode]];
+      const std::uint32_t entry = row_slot[ids[i + kFetchNode]];
       if (entry != 0) __builtin_prefetch(nodes + (entry - 1), 1);
     }
     if (i + kFetchNeighbours < count) {
-      const std::uint32_t entry = row_slot_[ids[i + kFetchNeighbours]];
+      const std::uint32_t entry = row_slot[ids[i + kFetchNeighbours]];
       if (entry != 0) {
         __builtin_prefetch(nodes + nodes[entry - 1].previous, 1);
         __builtin_prefetch(nodes + nodes[entry - 1].next, 1);
       }
     }
-    const auto row = static_cast<std::uint32_t>(ids[i]);
-    const std::uint32_t entry = row_slot_[row];
-    if (entry != 0) {
-      const auto slot = static_cast<std::int32_t>(entry - 1);
-      Node& node = nodes[slot];
-      if (node.mark / 2 != batch_) {
-        node.mark = hit;
-        ++unique;
-        if (nodes[head_].next != slot) {
-          unlink(slot);
-          push_front(slot);
-        }
-      }
-      hits += node.mark == hit ? 1 : 0;
-      slots_out[i] = slot;
+    const std::uint32_t entry = row_slot[ids[i]];
+    if (entry == 0) {
+      missed_.push_back(i);
       continue;
     }
-    const std::int32_t slot = take_slot();
-    if (slot < 0) break;
-    nodes[slot].row = row;
-    nodes[slot].mark = miss;
-    row_slot_[row] = static_cast<std::uint32_t>(slot) + 1;
-    misses_.push_back({row, slot});
+    const auto slot = static_cast<std::int32_t>(entry - 1);
     slots_out[i] = slot;
+    Node& node = nodes[slot];
+    if (node.mark / 2 == batch) continue;
+    node.mark = batch * 2;
+    ++touched;
+    if (head.next == slot) continue;
+    nodes[node.previous].next = node.next;
+    nodes[node.next].previous = node.previous;
+    node.previous = head_;
+    node.next = head.next;
+    nodes[head.next].previous = slot;
+    head.next = slot;
   }
-  counters_.requested += i;
-  counters_.hits += hits;
-  counters_.misses += i - hits;
-  counters_.unique += unique + misses_.size();
+  counters_.unique += touched;
+}
+
+template <class Id>
+std::size_t RowIndex::lookup(const Id* ids, std::size_t count, std::int32_t* slots_out) {
+  if (!misses_.empty()) throw std::logic_error("lookup: the last lookup was neither committed nor aborted");
+  std::size_t served = count;
+  std::size_t missed = 0;
+  if (!hits_touched_) {
+    hits_touched_ = true;
+    touch_hits(ids, count, slots_out);
+    for (; missed < missed_.size(); ++missed) {
+      const std::size_t i = missed_[missed];
+      const std::uint32_t entry = row_slot_[ids[i]];  // not 0 where an earlier miss was the same row
+      slots_out[i] = entry != 0 ? static_cast<std::int32_t>(entry - 1) : add_miss(static_cast<std::uint32_t>(ids[i]));
+      if (slots_out[i] < 0) {
+        served = i;
+        break;
+      }
+    }
+  } else {  // a later part of a batch too large for the slots
+    for (std::size_t i = 0; i < count; ++i) {
+      const std::uint32_t entry = row_slot_[ids[i]];
+      const auto slot = static_cast<std::int32_t>(entry) - 1;
+      const bool hit = entry != 0 && nodes_[static_cast<std::size_t>(slot)].mark == batch_ * 2;
+      missed += hit ? 0 : 1;
+      slots_out[i] = entry != 0 ? slot : add_miss(static_cast<std::uint32_t>(ids[i]));
+      if (slots_out[i] < 0) {
+        --missed;
+        served = i;
+        break;
+      }
+    }
+  }
+  counters_.requested += served;
+  counters_.misses += missed;
+  counters_.hits += served - missed;
+  counters_.unique += misses_.size();
   counters_.unique_misses += misses_.size();
   std::sort(misses_.begin(), misses_.end(), [](const Miss& a, const Miss& b) { return a.row < b.row; });
-  return i;
+  return served;
 }
 
 template std::size_t RowIndex::lookup(const std::int32_t*, std::size_t, std::int32_t*);

@@ -24,7 +24,8 @@ namespace memlane {
 // locked the rest of the batch goes through the scratch slots, and when those are used up lookup stops short; the
 // caller uses what it has, calls release_scratch and goes on. So a batch of any size fits any cache.
 //
-// Recency within a batch is the order of first occurrence. Not thread-safe: one owner at a time.
+// Recency within a batch: its misses are newer than its hits, each in the order of first occurrence. Not
+// thread-safe: one owner at a time.
 class RowIndex {
  public:
   struct Counters {
@@ -46,8 +47,9 @@ class RowIndex {
   RowIndex(std::size_t rows, std::size_t slots, std::size_t scratch);
 
   void begin_batch();
-  // Writes the slot of each id, until ids or slots run out; returns how many ids were served. The rows to read
-  // are in misses(), sorted by row, until commit or abort. Ids must be inside [0, rows).
+  // Writes the slot of each id, until ids or slots run out; returns how many ids were served (slots_out beyond them
+  // is undefined). The rows to read are in misses(), sorted by row, until commit or abort. Ids must be inside
+  // [0, rows); the first lookup of a batch must be given all of them, later ones those not yet served.
   template <class Id>
   std::size_t lookup(const Id* ids, std::size_t count, std::int32_t* slots_out);
   const std::vector<Miss>& misses() const { return misses_; }
@@ -80,6 +82,9 @@ class RowIndex {
     std::uint32_t mark;  // batch * 2 + 1 where the row was a miss of that batch, batch * 2 where it was a hit
   };
 
+  template <class Id>
+  void touch_hits(const Id* ids, std::size_t count, std::int32_t* slots_out);
+  std::int32_t add_miss(std::uint32_t row);  // its slot, or -1
   std::int32_t take_slot();  // a free slot, the oldest one, a scratch slot, or -1
   void drop(const Miss& miss) noexcept;
   void unlink(std::int32_t slot) noexcept;
@@ -98,6 +103,8 @@ class RowIndex {
   std::uint32_t* row_slot_;
   std::vector<Node> nodes_;
   std::vector<Miss> misses_;
+  std::vector<std::size_t> missed_;  // positions in the batch, of the running lookup
+  bool hits_touched_ = false;        // by the first lookup of the batch
   Counters counters_;
 };
 
