@@ -27,6 +27,7 @@ class Tokenizer:
         self._special = frozenset(i for i, token in added.items() if token.special)
         self._bytes = self._vocabulary({i: token.content for i, token in added.items()})
         self.vocab_size = len(self._bytes)
+        self.longest_token = max(map(len, self._bytes), default=0)  # in bytes
         self.bos_token = _token_text(config.get("bos_token"))
         self.eos_token = _token_text(config.get("eos_token"))
         self.chat_template = _default_template(config.get("chat_template"))

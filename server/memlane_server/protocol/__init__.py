@@ -1,0 +1,1 @@
+"""What travels over HTTP: request bodies, answers, errors. Knows nothing about the engine."""
