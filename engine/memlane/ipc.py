@@ -87,6 +87,7 @@ class Stats(msgspec.Struct, frozen=True, tag="stats", kw_only=True):
     generation_tokens: int
     tables: list[TableStats]
     resident_bytes: int
+    step_seconds: float = 0.0  # age of the step under way: large when it is stuck, though the process lives
 
 
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):

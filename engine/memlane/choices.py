@@ -1,0 +1,141 @@
+"""What the engine decides when options say "auto". Each decision is one line with its reason, logged and reported."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from memlane.config import EngineConfig, parse_bytes
+from memlane.errors import ConfigError
+from memlane.models import ModelConfig
+from memlane.runner import KVCache
+from memlane.tables import Placement
+
+__all__ = ["Choices", "KVSize", "available_memory"]
+
+logger = logging.getLogger(__name__)
+
+_KV_AUTO_LIMIT = 1 << 30
+_TABLE_SHARE = (
+    0.5  # of available memory that tables may take unasked: the rest is for weights, KV and the page cache
+)
+
+
+class KVSize(NamedTuple):
+    """How many KV blocks there are, and the longest sequence that they and the model allow."""
+
+    blocks: int
+    max_model_len: int
+
+
+class Choices:
+    """Makes the decisions for one start of the engine and keeps their lines."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.lines: list[str] = []
+
+    def note(self, line: str) -> None:
+        """Log and keep one decision."""
+        logger.info("%s", line)
+        self.lines.append(line)
+
+    def placement(self, table_bytes: int, available: int | None) -> Placement:
+        """Where tables of that many bytes go, with so many bytes of memory to be had (None: unknown)."""
+        if self.config.placement != "auto":
+            return self.config.placement
+        if table_bytes == 0:
+            return "host"
+        if available is None:
+            self.note("placement: disk (how much memory is available is unknown)")
+            return "disk"
+        fits = table_bytes <= available * _TABLE_SHARE
+        placement: Placement = "host" if fits else "disk"
+        self.note(
+            f"placement: {placement} (tables of {_size(table_bytes)} take {'at most' if fits else 'more than'} "
+            f"{_TABLE_SHARE:.0%} of the {_size(available)} of memory available)"
+        )
+        return placement
+
+    def dtype(self, device: str) -> str:
+        """Name of the torch dtype of dense weights, activations and KV."""
+        if self.config.dtype != "auto":
+            return self.config.dtype
+        if device == "cpu":
+            self.note("dtype: float32 (batched bfloat16 products are slow on most CPUs)")
+            return "float32"
+        self.note(f"dtype: bfloat16 (on {device})")
+        return "bfloat16"
+
+    def cache_bytes(self, table_bytes: int) -> int:
+        """Bytes of the row cache, all tables together."""
+        return parse_bytes(self.config.row_cache, whole=table_bytes, option="row_cache")
+
+    def kv_size(self, model: ModelConfig, dtype: torch.dtype, available: int | None) -> KVSize:
+        """Number of KV blocks and the resulting limit on lengths. Every sequence within the limit fits alone.
+
+        Raises ConfigError if a stated limit cannot be kept.
+        """
+        c = self.config
+        if c.max_model_len is not None and c.max_model_len > model.max_position_embeddings:
+            raise ConfigError(
+                f"max_model_len: {c.max_model_len} is beyond the {model.max_position_embeddings} positions "
+                "that the model was made for"
+            )
+        wanted = c.max_model_len or model.max_position_embeddings
+        block_bytes = KVCache.block_bytes(model, c.block_size, dtype)
+        a_sequence = -(-wanted // c.block_size)
+        if c.kv_cache == "auto":
+            limit = min(_KV_AUTO_LIMIT, available // 4 if available is not None else _KV_AUTO_LIMIT)
+            blocks = min(c.max_num_seqs * a_sequence, limit // block_bytes)
+            self.note(
+                f"kv_cache: {_size(blocks * block_bytes)}, {blocks * c.block_size} tokens "
+                f"({c.max_num_seqs} sequences of {wanted} tokens, to {_size(limit)})"
+            )
+        else:
+            blocks = parse_bytes(c.kv_cache, option="kv_cache") // block_bytes
+        if blocks >= a_sequence:
+            return KVSize(blocks, wanted)
+        if c.max_model_len is not None or blocks * c.block_size < 2:
+            raise ConfigError(
+                f"kv_cache: {_size(blocks * block_bytes)} hold {blocks * c.block_size} tokens, fewer than one "
+                f"sequence of {wanted}; give it {_size(a_sequence * block_bytes)} or lower max_model_len"
+            )
+        self.note(
+            f"max_model_len: {blocks * c.block_size} (all that the KV cache holds; the model has {wanted})"
+        )
+        return KVSize(blocks, blocks * c.block_size)
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that can be taken without swapping, within the control group's limit; None if unknown."""
+    found = [n for n in (_system_available(), _group_available()) if n is not None]
+    return min(found, default=None)
+
+
+def _system_available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _group_available(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a control group (v2) has left: its limit less what is used and cannot be reclaimed."""
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        used = int((root / "memory.current").read_text())
+        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None
+    if limit == "max":
+        return None
+    return max(0, int(limit) - used + int(stat.get("inactive_file", 0)))
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,67 @@
+"""Where keys and values lie.
+
+One tensor a layer, [blocks, block_size, 2 * kv_heads, head_dim]: the keys of a token's heads, then its values, so that
+a token is written, and a block is gathered, in one piece.
+
+    block 0            block 1
+    | K0 K1 V0 V1 |    | K0 K1 V0 V1 |     slot = block * block_size + offset
+    | K0 K1 V0 V1 |    | ...                names one line
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from memlane.models import ModelConfig
+
+__all__ = ["KVCache"]
+
+
+class KVCache:
+    """The tensors of all layers. Starts as zeros and never holds anything non-finite for long (see `clear`)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.blocks, self.block_size = blocks, block_size
+        self.layers = [
+            torch.zeros(
+                blocks, block_size, 2 * config.num_kv_heads, config.head_dim, dtype=dtype, device=device
+            )
+            for _ in range(config.num_layers)
+        ]
+
+    @staticmethod
+    def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+        """Bytes that one block takes in all layers together."""
+        return config.num_layers * block_size * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """k, v [T, kv_heads, head_dim] into slots int64 [T]."""
+        self.layers[layer].flatten(0, 1).index_copy_(0, slots, torch.cat((k, v), dim=1))
+
+    def gather(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
+        """Block tables int64 [n, m] -> keys and values, each [n, kv_heads, m * block_size, head_dim] (views)."""
+        n, m = tables.shape
+        kv = self.layers[layer].index_select(0, tables.flatten())
+        k, v = kv.view(n, m * self.block_size, -1, kv.shape[-1]).transpose(1, 2).chunk(2, dim=1)
+        return k, v
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zero these blocks. A masked position has weight 0, but 0 * NaN is NaN: leftovers must be finite."""
+        if blocks:
+            index = torch.tensor(blocks, device=self.layers[0].device)
+            for layer in self.layers:
+                layer.index_fill_(0, index, 0.0)
