@@ -1,0 +1,329 @@
+"""Measures the tables beside the alternatives in one run: row lookups, weighted sums, cold reads, key selection.
+
+    python benchmarks/tables.py [--quick] [--out benchmarks/results/DATE-tables.json]
+
+Every figure is a median over repetitions in which ours and the alternative take turns, so that a busy machine slows
+both; the busy share of the CPUs before the start is part of the result. Ceilings are measured in the same turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch: spinning threads would disturb every figure
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from memlane.native import (
+    Arena,
+    RowIndex,
+    RowReader,
+    RowView,
+    get_threads,
+    kernel_variant,
+    select_product_keys,
+)
+from memlane.tables import RowFormat, encode_rows
+
+ROW_BYTES = 2048
+Result = dict[str, Any]
+
+
+def in_turns(repetitions: int, **bodies: Callable[[], object]) -> dict[str, float]:
+    """Median seconds of each body, all run once per repetition, in rotating order; one round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in bodies}
+    names = list(bodies)
+    for repetition in range(repetitions + 1):
+        for name in names[repetition % len(names) :] + names[: repetition % len(names)]:
+            started = time.perf_counter()
+            bodies[name]()
+            if repetition:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def foreign_load(seconds: float = 1.0) -> float:
+    """CPUs' worth of work done by others while this process sleeps."""
+
+    def busy() -> int:
+        fields = [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        return sum(fields) - fields[3] - fields[4]
+
+    before = busy()
+    time.sleep(seconds)
+    return round((busy() - before) / os.sysconf("SC_CLK_TCK") / seconds, 2)
+
+
+def lookups(ids_per_batch: int, batches: int, rows: int = 1 << 20, slots: int = 1 << 18) -> Result:
+    """Exact-LRU lookups with 95 % hits: ours beside an OrderedDict that holds the same rows."""
+    rng = np.random.default_rng(ids_per_batch)
+    index = RowIndex(rows, slots, 4096)
+    places = np.empty(1 << 16, np.int32)
+    twin: OrderedDict[int, int] = OrderedDict()
+
+    def ours(ids: np.ndarray) -> None:
+        index.begin_batch()
+        index.lookup(ids, places)
+        index.misses()
+        index.commit()
+        index.end_batch()
+
+    def ordered_dict(ids: list[int]) -> None:
+        for row in ids:
+            slot = twin.get(row)
+            if slot is None:
+                _, slot = twin.popitem(last=False)
+                twin[row] = slot
+            else:
+                twin.move_to_end(row)
+
+    filling = rng.permutation(rows)[:slots]
+    for begin in range(0, slots, 1 << 15):
+        ours(filling[begin : begin + (1 << 15)])
+    twin.update((int(row), slot) for slot, row in enumerate(filling.tolist()))
+
+    hot = int(ids_per_batch * 0.95)
+    ours_seconds, twin_seconds = [], []
+    before = index.counters()
+    together = max(
+        1, min(batches, 4096 // (ids_per_batch - hot))
+    )  # few enough rows to evict none that is hot
+    for _ in range(0, batches, together):
+        recent = index.recency()
+        cold = rng.permutation(
+            np.setdiff1d(rng.integers(0, rows, 4 * together * (ids_per_batch - hot)), recent)
+        )
+        cold = cold[: together * (ids_per_batch - hot)].reshape(together, -1)
+        prepared = [
+            rng.permutation(np.concatenate([rng.choice(recent[: slots // 2], hot), row])) for row in cold
+        ]
+        for ids in prepared:
+            started = time.perf_counter()
+            ours(ids)
+            ours_seconds.append(time.perf_counter() - started)
+        for as_list in [ids.tolist() for ids in prepared]:
+            started = time.perf_counter()
+            ordered_dict(as_list)
+            twin_seconds.append(time.perf_counter() - started)
+    after = index.counters()
+    requested = after["requested_rows"] - before["requested_rows"]
+    return {
+        "ids": ids_per_batch,
+        "hit_rate": round((after["hits"] - before["hits"]) / requested, 3),
+        "ours_us": round(1e6 * statistics.median(ours_seconds), 1),
+        "ordered_dict_us": round(1e6 * statistics.median(twin_seconds), 1),
+        "target_us": {128: 15, 32768: 1200}.get(ids_per_batch),
+    }
+
+
+def weighted_sums(row_format: RowFormat, width: int, tokens: int, repetitions: int, table_mib: int) -> Result:
+    """tokens x 128 random rows: our sum, torch's embedding_bag, and only reading the same rows (the ceiling)."""
+    stride = row_format.stride(width)
+    count = (table_mib << 20) // stride
+    arena = Arena(count * stride)
+    memory = arena.array()
+    some = encode_rows(torch.randn(4096, width), row_format).numpy().reshape(-1)
+    for begin in range(0, len(memory), len(some)):
+        memory[begin : begin + len(some)] = some[: len(memory) - begin]
+    view = RowView(arena, 0, count, row_format.code, width)
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((tokens, 128)).astype(np.float32)
+    out = np.empty((tokens, width), np.float32)
+    bodies: dict[str, Callable[[], object]] = {
+        "ours": lambda: view.weighted_sum(rng.integers(0, count, tokens * 128), weights, out),
+        "read_only": lambda: view.touch(rng.integers(0, count, tokens * 128)),
+    }
+    if row_format is RowFormat.BFLOAT16:
+        matrix = torch.from_numpy(memory).view(torch.bfloat16).view(count, width)
+        half = torch.from_numpy(weights).bfloat16()
+        bodies["embedding_bag"] = lambda: F.embedding_bag(
+            torch.from_numpy(rng.integers(0, count, (tokens, 128))),
+            matrix,
+            per_sample_weights=half,
+            mode="sum",
+        )
+    seconds = in_turns(repetitions, **bodies)
+    read = tokens * 128 * stride
+    result: Result = {
+        "rows": f"{tokens} x 128 of {stride} B ({row_format.value})",
+        "ceiling_gb_s": round(read / seconds["read_only"] / 1e9, 2),
+        "ours_gb_s": round(read / seconds["ours"] / 1e9, 2),
+        "ours_us": round(1e6 * seconds["ours"], 1),
+        "ours_of_ceiling": round(seconds["read_only"] / seconds["ours"], 3),
+        "rows_per_s": round(tokens * 128 / seconds["ours"]),
+    }
+    if "embedding_bag" in seconds:
+        result["embedding_bag_of_ceiling"] = round(seconds["read_only"] / seconds["embedding_bag"], 3)
+    return result
+
+
+def cold_reads(directory: Path, file_mib: int, repetitions: int) -> list[Result]:
+    """2,048 rows of 2 KiB never read before, by each of our ways and by one thread's pread."""
+    path = directory / "rows"
+    rows = (file_mib << 20) // ROW_BYTES
+    block = np.random.default_rng(0).bytes(16 << 20)
+    with path.open("wb") as file:
+        for _ in range(file_mib // 16):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    rng = np.random.default_rng(1)
+    order = rng.permutation(
+        rows
+    )  # every row is read at most once: the host's cache would flatter the second time
+    arena = Arena(2048 * ROW_BYTES)
+    slots = np.arange(2048, dtype=np.int32)
+    used = 0
+
+    def fresh() -> np.ndarray:
+        nonlocal used
+        used += 2048
+        return np.sort(order[used - 2048 : used])
+
+    readers = {
+        name: RowReader(
+            os.fspath(path), 0, ROW_BYTES, rows, allow_uring=uring, allow_direct=direct, merge_gap=0
+        )
+        for name, uring, direct in [
+            ("io_uring", True, True),
+            ("threads", False, True),
+            ("threads, buffered", False, False),
+        ]
+    }
+    plain = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(plain, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def one_by_one() -> None:
+        for row in fresh()[:256].tolist():
+            os.pread(plain, ROW_BYTES, row * ROW_BYTES)
+
+    bodies: dict[str, Callable[[], object]] = {
+        name: lambda reader=reader: reader.read(fresh(), slots, arena) for name, reader in readers.items()
+    }
+    seconds = in_turns(repetitions, **bodies, **{"one thread": one_by_one})
+    os.close(plain)
+    return [
+        {
+            "way": name,
+            "backend": readers[name].backend if name in readers else "pread",
+            "rows_per_s": round(n / seconds[name]),
+        }
+        for name, n in [*((name, 2048) for name in readers), ("one thread", 256)]
+    ]
+
+
+def selections(tokens: int, repetitions: int) -> Result:
+    """Top 32 of 1,024 sub-keys and of their sums, 4 heads: ours beside torch.topk of the halves alone."""
+    scores = torch.randn(tokens * 4, 2, 1024)
+    seconds = in_turns(
+        repetitions, ours=lambda: select_product_keys(scores, 32), topk=lambda: scores.topk(32, dim=-1)
+    )
+    return {
+        "tokens": tokens,
+        "ours_us": round(1e6 * seconds["ours"], 1),
+        "torch_topk_us": round(1e6 * seconds["topk"], 1),
+        "times_faster": round(seconds["topk"] / seconds["ours"], 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer repetitions and smaller tables: a smoke test"
+    )
+    parser.add_argument("--out", type=Path, help="write the result here too")
+    parser.add_argument(
+        "--dir", type=Path, help="where to put the file for cold reads (default: a temporary directory)"
+    )
+    options = parser.parse_args()
+    quick = options.quick
+    torch.set_num_threads(get_threads())
+
+    print(
+        f"kernels {kernel_variant()}, {get_threads()} thread(s), foreign load {(load := foreign_load())} CPU(s)"
+    )
+    result: Result = {
+        "benchmark": "tables",
+        "date": date.today().isoformat(),
+        "machine": {
+            "cpu": cpu_name(),
+            "cpus": os.cpu_count(),
+            "kernel": platform.release(),
+            "torch": torch.__version__,
+        },
+        "kernels": kernel_variant(),
+        "threads": get_threads(),
+        "foreign_load_cpus": load,
+    }
+
+    print("\nrow lookups, 1 M rows, 256 k slots, warm")
+    result["lookups"] = [lookups(n, 20 if quick else 200 if n < 10_000 else 60) for n in (128, 2048, 32_768)]
+    for r in result["lookups"]:
+        target = f"   target {r['target_us']} us" if r["target_us"] else ""
+        print(
+            f"  {r['ids']:6d} ids   ours {r['ours_us']:8.1f} us   OrderedDict {r['ordered_dict_us']:9.1f} us{target}"
+        )
+
+    mib = 128 if quick else 2048
+    print(f"\nweighted sums over a table of {mib} MiB in RAM, random rows")
+    shapes = [(RowFormat.BFLOAT16, 1024, n) for n in (1, 16, 256)]
+    shapes += [(RowFormat.FLOAT32, 512, 16), (RowFormat.INT8, 1024, 16), (RowFormat.INT4, 1024, 16)]
+    result["weighted_sums"] = []
+    for row_format, width, tokens in shapes:
+        r = weighted_sums(row_format, width, tokens, 5 if quick else 200 if tokens < 100 else 40, mib)
+        result["weighted_sums"].append(r)
+        bag = (
+            f"   embedding_bag {r['embedding_bag_of_ceiling']:.2f}" if "embedding_bag_of_ceiling" in r else ""
+        )
+        print(
+            f"  {r['rows']:32s} ours {r['ours_gb_s']:6.2f} GB/s of {r['ceiling_gb_s']:6.2f} = {r['ours_of_ceiling']:.2f}{bag}"
+            f"   {r['rows_per_s'] / 1e6:.2f} M rows/s"
+        )
+
+    print("\ncold reads of 2,048 rows of 2 KiB, each row once")
+    with tempfile.TemporaryDirectory(dir=options.dir) as directory:
+        result["cold_reads"] = cold_reads(Path(directory), 256 if quick else 1024, 5 if quick else 15)
+    for r in result["cold_reads"]:
+        print(f"  {r['way']:18s} {r['backend']:18s} {r['rows_per_s']:8d} rows/s")
+
+    print("\nproduct-key selection, 4 heads, top 32 of 1,024 (torch: the two halves only)")
+    result["selections"] = [selections(n, 5 if quick else 40) for n in (1, 16, 256)]
+    for r in result["selections"]:
+        print(
+            f"  {r['tokens']:4d} tokens   ours {r['ours_us']:9.1f} us   topk {r['torch_topk_us']:9.1f} us   x {r['times_faster']}"
+        )
+
+    line = json.dumps(result)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(line)
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+if __name__ == "__main__":
+    main()
