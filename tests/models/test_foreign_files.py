@@ -378,7 +378,11 @@ def test_sharded_tensors_are_put_together(tmp_path: Path) -> None:
     """One tensor cut in a 2 x 2 grid over two files, as memory parallelism and FSDP together do it."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
-        ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
     )  # fmt: skip
 
     whole = torch.randn(10, 6)

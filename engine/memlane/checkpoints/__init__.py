@@ -1,9 +1,9 @@
 """Reading foreign checkpoints, and reading and writing our own model directories. No pickle is ever executed."""
 
-from memlane.checkpoints.convert import convert, save
-from memlane.checkpoints.detect import detect, open_checkpoint
+from memlane.checkpoints.cache import resolve
+from memlane.checkpoints.converter import convert, save
 from memlane.checkpoints.directory import open_directory, read_config, verify
-from memlane.checkpoints.resolve import resolve
+from memlane.checkpoints.forms import detect, open_checkpoint
 from memlane.checkpoints.source import Checkpoint
 
 __all__ = [

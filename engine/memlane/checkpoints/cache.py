@@ -6,13 +6,14 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from memlane.checkpoints.convert import convert
-from memlane.checkpoints.detect import detect
+from memlane.checkpoints.converter import convert
 from memlane.checkpoints.directory import CONFIG
+from memlane.checkpoints.forms import checkpoint_directory, detect
 from memlane.errors import CheckpointError
 
 __all__ = ["cache_directory", "resolve"]
@@ -28,9 +29,9 @@ def resolve(path: str | Path, *, tokenizer: str | Path | None = None, progress: 
     A conversion is known by the path, sizes and times of the source's files, so that a changed source converts anew.
     Several processes may ask at once: one converts, the others wait. Raises CheckpointError.
     """
-    source = Path(path).expanduser()
+    source = checkpoint_directory(path)
     if detect(source) == "memlane":
-        return source if source.is_dir() else source.parent
+        return source
     root = cache_directory()
     name = source.resolve().name.strip(".") or "model"
     target = root / f"{name}-{_fingerprint(source, tokenizer)}"
@@ -38,11 +39,18 @@ def resolve(path: str | Path, *, tokenizer: str | Path | None = None, progress: 
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f".{target.name}.lock"):
             if not (target / CONFIG).is_file():
+                _remove_partial(target)
                 logger.info("converting %s once into %s", source, target)
                 convert(source, target, tokenizer=tokenizer, progress=progress)
     except OSError as error:
         raise CheckpointError(root, f"the cache directory cannot be used: {error.strerror}") from error
     return target
+
+
+def _remove_partial(target: Path) -> None:
+    """Remove what conversions that were killed left behind. Called with the lock held: none of them is still running."""
+    for left in target.parent.glob(f".{target.name}.partial-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def cache_directory() -> Path:
@@ -52,10 +60,8 @@ def cache_directory() -> Path:
 
 def _fingerprint(source: Path, tokenizer: str | Path | None) -> str:
     digest = hashlib.sha256(f"{_CONVERTER}\0{source.resolve()}".encode())
-    for root in [
-        source if source.is_dir() else source.parent,
-        *([Path(tokenizer)] if tokenizer is not None else []),
-    ]:
+    roots = [source] if tokenizer is None else [source, Path(tokenizer)]
+    for root in roots:
         for file in sorted([root] if root.is_file() else root.rglob("*")):
             if file.is_file():
                 stat = file.stat()

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from memlane.checkpoints.detect import open_checkpoint
 from memlane.checkpoints.directory import (
     CHECKSUMS,
     CONFIG,
@@ -32,6 +31,7 @@ from memlane.checkpoints.directory import (
     sha256,
     table_file_name,
 )  # fmt: skip
+from memlane.checkpoints.forms import open_checkpoint
 from memlane.checkpoints.safetensors_file import SafetensorsWriter, TensorSpec, sync
 from memlane.checkpoints.source import (
     Checkpoint,
@@ -48,9 +48,8 @@ from memlane.tables import RowFormat, decode_rows, encode_rows
 
 __all__ = ["convert", "save"]
 
-_CHUNK_BYTES = (
-    16 << 20
-)  # of rows in fp32; conversion holds a few of these at a time, whatever the table's size
+# Of rows in fp32; conversion holds a few of these at a time, whatever the table's size.
+_CHUNK_BYTES = 8 << 20
 
 _PLAIN = {
     RowFormat.FLOAT32: torch.float32,

@@ -11,12 +11,12 @@ from memlane.checkpoints.smlm import REST, open_smlm
 from memlane.checkpoints.source import Checkpoint
 from memlane.errors import CheckpointError
 
-__all__ = ["detect", "open_checkpoint"]
+__all__ = ["checkpoint_directory", "detect", "open_checkpoint"]
 
 
 def detect(path: str | Path) -> str:
     """ "memlane", "lingua", "lingua-dcp" or "smlm". Raises CheckpointError if the folder holds none of them."""
-    directory = _directory(Path(path))
+    directory = checkpoint_directory(path)
     if (directory / CONFIG).is_file():
         return "memlane"
     if (directory / REST).is_file():
@@ -35,7 +35,7 @@ def detect(path: str | Path) -> str:
 
 def open_checkpoint(path: str | Path, tokenizer: str | Path | None = None) -> Checkpoint:
     """The checkpoint in a folder of any known form. tokenizer: a tokenizer file or folder that replaces its own."""
-    form, directory = detect(path), _directory(Path(path))
+    form, directory = detect(path), checkpoint_directory(path)
     override = None if tokenizer is None else Path(tokenizer)
     if form == "smlm":
         return open_smlm(directory, override)
@@ -46,9 +46,9 @@ def open_checkpoint(path: str | Path, tokenizer: str | Path | None = None) -> Ch
     return open_directory(directory, override)
 
 
-def _directory(path: Path) -> Path:
-    """The folder meant by `path`; a file inside a checkpoint stands for its folder."""
-    path = path.expanduser()
+def checkpoint_directory(path: str | Path) -> Path:
+    """The folder meant by `path`; a file inside a checkpoint stands for its folder. CheckpointError if there is none."""
+    path = Path(path).expanduser()
     if path.is_file() and path.name in (CONFIG, REST, CONSOLIDATED, METADATA):
         return path.parent
     if not path.exists():
