@@ -33,7 +33,6 @@ from memlane.checkpoints.source import (
     row_format_of,
 )
 from memlane.checkpoints.tensors import StoredTensor
-from memlane.checkpoints.tokenizers import given_tokenizer
 from memlane.errors import CheckpointError, ConfigError
 from memlane.models.config import MODEL_TYPE, ModelConfig
 
@@ -105,11 +104,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def open_directory(directory: Path, tokenizer: Path | None = None) -> Checkpoint:
-    """The model in a directory of our own form; reads headers only, and checks every shape against the config.
-
-    tokenizer: replaces the directory's own.
-    """
+def open_directory(directory: Path) -> Checkpoint:
+    """The model in a directory of our own form; reads headers only, and checks every shape against the config."""
     config = read_config(directory)
     tensors = read_header(directory / DENSE)
     dense = tuple(DenseTensor(name, tensor.shape, (tensor,)) for name, tensor in tensors.items())
@@ -117,10 +113,8 @@ def open_directory(directory: Path, tokenizer: Path | None = None) -> Checkpoint
     check_shapes(directory / DENSE, config, dense, tables)
     hot = {name: directory / hot_rows_name(name, len(tables)) for name in config.table_names()}
     hot = {name: path for name, path in hot.items() if path.exists()}
-    write = given_tokenizer(tokenizer).write
-    if write is None:
-        own = [directory / name for name in TOKENIZER_FILES if (directory / name).exists()]
-        write = functools.partial(_copy, own) if own else None
+    own = [directory / name for name in TOKENIZER_FILES if (directory / name).exists()]
+    write = functools.partial(_copy, own) if own else None
     return Checkpoint(directory, "memlane", config, dense, tables, hot, write)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from pathlib import Path
 
 from memlane.checkpoints.dcp import METADATA
@@ -9,9 +11,12 @@ from memlane.checkpoints.directory import CONFIG, DENSE, open_directory
 from memlane.checkpoints.lingua import CONSOLIDATED, PARAMS, open_consolidated, open_dcp
 from memlane.checkpoints.smlm import REST, open_smlm
 from memlane.checkpoints.source import Checkpoint
+from memlane.checkpoints.tokenizers import fit, given_tokenizer
 from memlane.errors import CheckpointError
 
 __all__ = ["checkpoint_directory", "detect", "open_checkpoint"]
+
+logger = logging.getLogger(__name__)
 
 
 def detect(path: str | Path) -> str:
@@ -35,15 +40,14 @@ def detect(path: str | Path) -> str:
 
 def open_checkpoint(path: str | Path, tokenizer: str | Path | None = None) -> Checkpoint:
     """The checkpoint in a folder of any known form. tokenizer: a tokenizer file or folder that replaces its own."""
-    form, directory = detect(path), checkpoint_directory(path)
-    override = None if tokenizer is None else Path(tokenizer)
-    if form == "smlm":
-        return open_smlm(directory, override)
-    if form == "lingua":
-        return open_consolidated(_consolidated(directory) or directory, override)
-    if form == "lingua-dcp":
-        return open_dcp(directory, override)
-    return open_directory(directory, override)
+    checkpoint = _READERS[detect(path)](checkpoint_directory(path))
+    if tokenizer is not None:
+        files = given_tokenizer(Path(tokenizer))
+        config = fit(Path(tokenizer), checkpoint.config, files)
+        checkpoint = dataclasses.replace(checkpoint, config=config, write_tokenizer=files.write)
+    if checkpoint.write_tokenizer is None:
+        logger.warning("%s comes without a tokenizer: prompts must be token ids", path)
+    return checkpoint
 
 
 def checkpoint_directory(path: str | Path) -> Path:
@@ -64,3 +68,10 @@ def _consolidated(directory: Path) -> Path | None:
         if (folder / CONSOLIDATED).is_file():
             return folder
     return None
+
+
+def _open_lingua(directory: Path) -> Checkpoint:
+    return open_consolidated(_consolidated(directory) or directory)
+
+
+_READERS = {"memlane": open_directory, "smlm": open_smlm, "lingua": _open_lingua, "lingua-dcp": open_dcp}

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from memlane.checkpoints.dcp import DcpFolder
 from memlane.checkpoints.source import Checkpoint, DenseTensor, FloatRows, check_shapes, row_format_of
 from memlane.checkpoints.tensors import LazyTensor, StoredTensor
-from memlane.checkpoints.tokenizers import TokenizerFiles, lingua_tokenizer
+from memlane.checkpoints.tokenizers import fit, lingua_tokenizer
 from memlane.checkpoints.torch_file import read_torch_file
 from memlane.errors import CheckpointError, ConfigError
 from memlane.models.config import MemoryConfig, ModelConfig
@@ -69,8 +69,8 @@ class _StepFolder:
         return self.folder.tensor("model." + name)
 
 
-def open_consolidated(directory: Path, tokenizer: Path | None = None) -> Checkpoint:
-    """The checkpoint in a folder of consolidated.pth and params.json. tokenizer: its tokenizer file, if it needs one."""
+def open_consolidated(directory: Path) -> Checkpoint:
+    """The checkpoint in a folder of consolidated.pth and params.json."""
     path = directory / CONSOLIDATED
     content = read_torch_file(path)
     model = content.get("model") if isinstance(content, dict) else None
@@ -79,22 +79,20 @@ def open_consolidated(directory: Path, tokenizer: Path | None = None) -> Checkpo
     for name, value in model.items():
         if not isinstance(name, str) or not isinstance(value, StoredTensor):
             raise CheckpointError(path, f"{name!r} is not a named tensor")
-    return _checkpoint(directory, "lingua", path, _Consolidated(model), tokenizer)
+    return _checkpoint(directory, "lingua", path, _Consolidated(model))
 
 
-def open_dcp(directory: Path, tokenizer: Path | None = None) -> Checkpoint:
+def open_dcp(directory: Path) -> Checkpoint:
     """The checkpoint in a raw step folder of .metadata, *.distcp files and params.json."""
     folder = DcpFolder(directory)
-    return _checkpoint(directory, "lingua-dcp", folder.path, _StepFolder(folder), tokenizer)
+    return _checkpoint(directory, "lingua-dcp", folder.path, _StepFolder(folder))
 
 
-def _checkpoint(
-    directory: Path, form: str, path: Path, tensors: _Tensors, tokenizer: Path | None
-) -> Checkpoint:
+def _checkpoint(directory: Path, form: str, path: Path, tensors: _Tensors) -> Checkpoint:
     params_path = directory / PARAMS
     params = _read_params(params_path)
-    files = lingua_tokenizer(params_path, _section(params_path, params, "data", "tokenizer"), tokenizer)
-    config = _config(params_path, params, files)
+    files = lingua_tokenizer(params_path, _section(params_path, params, "data", "tokenizer"))
+    config = fit(params_path, _config(params_path, params), files)
     names, taken = set(tensors.names()), set[str]()
 
     def take(name: str) -> LazyTensor:
@@ -183,7 +181,7 @@ def _section(path: Path, params: Mapping[str, Any], *keys: str) -> Mapping[str, 
     return value  # type: ignore[no-any-return]
 
 
-def _config(path: Path, params: Mapping[str, Any], tokenizer: TokenizerFiles) -> ModelConfig:
+def _config(path: Path, params: Mapping[str, Any]) -> ModelConfig:
     """The model in params.json, with the defaults of the code that wrote it."""
     model = _section(path, params, "model")
     model_dtype = _section(path, params, "distributed").get("model_dtype", "bf16")
@@ -207,8 +205,6 @@ def _config(path: Path, params: Mapping[str, Any], tokenizer: TokenizerFiles) ->
             rope_theta=float(model.get("rope_theta", 10000.0)),
             rope_interleaved=True,
             norm_eps=float(model.get("norm_eps", 1e-5)),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_ids=tokenizer.eos_token_ids,
             dtype=_DTYPES.get(model_dtype, "float32"),
             memory=_memory(path, model, dim),
         )

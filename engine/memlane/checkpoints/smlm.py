@@ -20,7 +20,6 @@ from torch import Tensor
 from memlane.checkpoints.directory import sha256
 from memlane.checkpoints.source import Checkpoint, DenseTensor, FloatRows, TableSource, check_shapes
 from memlane.checkpoints.tensors import StoredTensor
-from memlane.checkpoints.tokenizers import given_tokenizer
 from memlane.checkpoints.torch_file import read_torch_file
 from memlane.errors import CheckpointError, ConfigError
 from memlane.models.config import MemoryConfig, ModelConfig
@@ -38,7 +37,7 @@ _BATCH_NORM_EPS = 1e-5  # PyTorch's default, whatever the model's norm_eps
 logger = logging.getLogger(__name__)
 
 
-def open_smlm(directory: Path, tokenizer: Path | None = None) -> Checkpoint:
+def open_smlm(directory: Path) -> Checkpoint:
     """The checkpoint in a released folder. The 4-bit table is taken if both forms are there.
 
     Files that meta.json lists a sha256 for are verified if they exist (it also lists files that are not released).
@@ -64,8 +63,7 @@ def open_smlm(directory: Path, tokenizer: Path | None = None) -> Checkpoint:
         )
     check_shapes(path, config, dense, [table])
     hot = {"values": directory / HOT_ROWS} if (directory / HOT_ROWS).exists() else {}
-    files = given_tokenizer(tokenizer)
-    return Checkpoint(directory, "smlm", config, tuple(dense), (table,), hot, files.write)
+    return Checkpoint(directory, "smlm", config, tuple(dense), (table,), hot)
 
 
 @dataclass(frozen=True)

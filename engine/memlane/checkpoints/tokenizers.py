@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,15 +15,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from memlane.checkpoints.sentencepiece_file import is_sentencepiece, read_sentencepiece
 from memlane.checkpoints.tiktoken_file import byte_alphabet, is_tiktoken, read_tiktoken
 from memlane.errors import CheckpointError
+from memlane.models.config import ModelConfig
 
-__all__ = ["NO_TOKENIZER", "TokenizerFiles", "given_tokenizer", "lingua_tokenizer"]
+__all__ = ["NO_TOKENIZER", "TokenizerFiles", "fit", "given_tokenizer", "lingua_tokenizer"]
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 
 # Files of a tokenizer folder that are taken over as they are.
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,33 +41,38 @@ class TokenizerFiles:
 NO_TOKENIZER = TokenizerFiles(None)
 
 
-def lingua_tokenizer(params: Path, spec: Mapping[str, Any], override: Path | None) -> TokenizerFiles:
-    """The tokenizer that params.json names ("data.tokenizer"), from `override` or from beside the checkpoint.
+def fit(path: Path, config: ModelConfig, files: TokenizerFiles) -> ModelConfig:
+    """The config with the tokenizer's BOS and EOS ids, where it has them. CheckpointError if it knows more tokens."""
+    if files.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            path, f"its tokenizer has {files.vocab_size} tokens, the model has {config.vocab_size}"
+        )
+    bos = config.bos_token_id if files.bos_token_id is None else files.bos_token_id
+    return dataclasses.replace(
+        config, bos_token_id=bos, eos_token_ids=files.eos_token_ids or config.eos_token_ids
+    )
+
+
+def lingua_tokenizer(params: Path, spec: Mapping[str, Any]) -> TokenizerFiles:
+    """The tokenizer that params.json names ("data.tokenizer"), from beside the checkpoint if it is one with a file.
 
     Its path is one on the training machine; only its file name is looked for, beside params.json.
     """
     name = spec.get("name")
-    if override is not None:
-        return given_tokenizer(override)
     if name == "bytes":
         return _built(byte_tokenizer(), BEGIN, END)
     beside = params.parent / Path(str(spec.get("path") or "-")).name
     if name in ("sp", "tiktoken") and beside.is_file():
         return given_tokenizer(beside)
-    logger.warning(
-        "%s names a %s tokenizer that is not at hand: the model will take token ids only", params, name
-    )
     return NO_TOKENIZER
 
 
-def given_tokenizer(path: Path | None) -> TokenizerFiles:
-    """The tokenizer in a file or folder that the user names; NO_TOKENIZER for None.
+def given_tokenizer(path: Path) -> TokenizerFiles:
+    """The tokenizer in a file or folder.
 
     A tokenizer.json, a folder with one or with vocab.json and merges.txt (GPT-2's form), a tiktoken rank file, or a
     SentencePiece model. Raises CheckpointError if it is none of these.
     """
-    if path is None:
-        return NO_TOKENIZER
     if path.is_dir():
         if (path / "tokenizer.json").is_file():
             return _copied(path / "tokenizer.json")
