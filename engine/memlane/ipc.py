@@ -8,9 +8,8 @@ nothing of a dead one can be mistaken for the living.
             Ready, Deltas, Stats, Fatal            engine → client
 
 The engine is started as `python -m memlane.worker ADDRESS` and finds its EngineConfig as one line of JSON
-on standard input. That pipe stays open: its end means that the client has gone, and the engine exits at
-once, so that no engine outlives its server. The engine ignores SIGINT, and SIGTERM is for its client to
-handle; it ends by Drain, by the end of the pipe, or by SIGKILL.
+on standard input. It ignores SIGINT and SIGTERM, which are for its client to handle; it ends by Drain, by
+SIGKILL, or with its client.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ class EngineClient:
         command: Sequence[str] = WORKER,
     ) -> None:
         """`on_ready` is called before requests are admitted; it may raise MemlaneError to refuse the model.
-        `silence`: seconds without a message after which a running engine counts as dead."""
+        `silence`: seconds without a message, or within one step, after which an engine counts as dead."""
         self.state = State.STARTING
         self.reason = "the model is being loaded"
         self._config = config
@@ -265,7 +265,6 @@ class EngineClient:
     async def _one_life(self) -> tuple[str, bool]:
         """Run one engine process to its end. Returns why it ended, and whether it had been ready."""
         ready = False
-        fatal: str | None = None
         async with EngineProcess(self._config, self._command) as process:
             self._process = process
             try:
@@ -276,21 +275,23 @@ class EngineClient:
                                 self._deliver(delta)
                         case ipc.Stats():
                             self._observer.engine_stats(message)
+                            if message.step_seconds > self._silence:
+                                return f"one step of the engine took over {self._silence:.0f} s", ready
                         case ipc.Ready():
                             self._become_ready(message)
                             ready = True
                         case ipc.Fatal():
-                            fatal = message.message
+                            return message.message, ready
             except TimeoutError:
-                fatal = f"the engine gave no sign of life for {self._silence:.0f} s"
+                return f"the engine gave no sign of life for {self._silence:.0f} s", ready
             except msgspec.DecodeError as error:
-                fatal = f"the engine sent what is no message of this version: {error}"
+                return f"the engine sent what is no message of this version: {error}", ready
             except MemlaneError as error:  # the model's text side cannot be loaded
-                fatal = str(error)
+                return str(error), ready
             finally:
                 self._process = None
                 self._observer.engine_ended()
-            return fatal or process.obituary(), ready
+            return process.obituary(), ready
 
     def _become_ready(self, ready: ipc.Ready) -> None:
         self._on_ready(ready)

@@ -54,7 +54,7 @@ class ApiKey:
 
     def __init__(self, app: ASGIApp, key: str | None) -> None:
         self._app = app
-        self._digest = None if key is None else _digest(key)
+        self._digest = None if key is None else _digest(key.encode("utf-8", "surrogateescape"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._digest is None or scope["path"] in OPEN or self._allowed(scope):
@@ -69,11 +69,12 @@ class ApiKey:
     def _allowed(self, scope: Scope) -> bool:
         scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
         assert self._digest is not None
-        return hmac.compare_digest(_digest(token.strip()), self._digest) and scheme.lower() == "bearer"
+        sent = _digest(token.strip().encode("latin-1"))  # as ASGI servers decode headers
+        return hmac.compare_digest(sent, self._digest) and scheme.lower() == "bearer"
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 class HttpMetrics:

@@ -45,6 +45,8 @@ class _Http(uvicorn.Server):
 def run(engine: EngineConfig, config: ServerConfig, command: Sequence[str] = WORKER) -> int:
     """Serve until told to stop; returns the exit status. Raises ConfigError before anything is started."""
     _set_up_logging(config.log_level)
+    if command is WORKER:
+        command = (*WORKER, "--log-level", config.log_level)
     listener = bind(config.host, config.port)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_serve(engine, config, listener, command))

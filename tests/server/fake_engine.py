@@ -65,9 +65,9 @@ class FakeEngine:
         if (message := self.script("fatal")) is not None:
             await self.send(ipc.Fatal(message))
             await asyncio.sleep(0.1)
-            sys.exit(1)
+            os._exit(1)
         if self.script("crash") is not None:
-            sys.exit(7)
+            os._exit(7)
         await self.send(
             ipc.Ready(
                 model_directory=str(self.directory),
