@@ -46,6 +46,12 @@ struct V {
   }
   static f low_nibbles(codes c) { return nibbles(_mm256_and_si256(c, _mm256_set1_epi32(15))); }
   static f high_nibbles(codes c) { return nibbles(_mm256_srli_epi32(c, 4)); }
+  using i = __m256i;
+  static i zero_i() { return _mm256_setzero_si256(); }
+  static i set1_i(std::int32_t x) { return _mm256_set1_epi32(x); }
+  static i load_i(const std::int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store_i(std::int32_t* p, i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+  static i count_greater(i count, i a, i b) { return _mm256_sub_epi32(count, _mm256_cmpgt_epi32(a, b)); }
 };
 
 #include "kernels_impl.inc"

@@ -48,6 +48,14 @@ struct V {
   }
   static f low_nibbles(codes c) { return nibbles(_mm512_and_si512(c, _mm512_set1_epi32(15))); }
   static f high_nibbles(codes c) { return nibbles(_mm512_srli_epi32(c, 4)); }
+  using i = __m512i;
+  static i zero_i() { return _mm512_setzero_si512(); }
+  static i set1_i(std::int32_t x) { return _mm512_set1_epi32(x); }
+  static i load_i(const std::int32_t* p) { return _mm512_loadu_si512(p); }
+  static void store_i(std::int32_t* p, i x) { _mm512_storeu_si512(p, x); }
+  static i count_greater(i count, i a, i b) {
+    return _mm512_mask_add_epi32(count, _mm512_cmpgt_epi32_mask(a, b), count, _mm512_set1_epi32(1));
+  }
 };
 
 #include "kernels_impl.inc"

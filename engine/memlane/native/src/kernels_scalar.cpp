@@ -9,7 +9,8 @@ namespace memlane {
 namespace {
 
 // What a vector type offers: L floats; loads from unaligned bytes, widened to fp32; fma(a, b, c) = a * b + c with
-// one rounding; max(a, b) is one of the two; not_less gives a bit per lane, set unless a < b.
+// one rounding; max(a, b) is one of the two; not_less gives a bit per lane, set unless a < b; count_greater adds 1 in
+// the lanes (of 32-bit integers) where a > b.
 struct V {
   static constexpr int L = 1;
   using f = float;
@@ -28,6 +29,12 @@ struct V {
   static codes load_codes(const std::uint8_t* p) { return *p; }
   static f low_nibbles(codes c) { return static_cast<float>((c & 15) - 8); }
   static f high_nibbles(codes c) { return static_cast<float>((c >> 4) - 8); }
+  using i = std::int32_t;
+  static i zero_i() { return 0; }
+  static i set1_i(std::int32_t x) { return x; }
+  static i load_i(const std::int32_t* p) { return *p; }
+  static void store_i(std::int32_t* p, i x) { *p = x; }
+  static i count_greater(i count, i a, i b) { return count + (a > b ? 1 : 0); }
 };
 
 #include "kernels_impl.inc"

@@ -13,6 +13,11 @@ static inline std::int32_t ordered(float value) {
   return bits ^ ((bits >> 31) & 0x7FFFFFFF);
 }
 
+// The float that `ordered` made this of (a zero without its sign).
+static inline float unordered(std::int32_t key) {
+  return std::bit_cast<float>(key ^ ((key >> 31) & 0x7FFFFFFF));
+}
+
 // Sorts by score descending, then id ascending, when sorted by key descending.
 static inline std::uint64_t order_key(float score, std::uint32_t id) {
   const auto high = static_cast<std::uint32_t>(ordered(score)) ^ 0x80000000U;

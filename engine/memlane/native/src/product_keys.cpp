@@ -121,9 +121,15 @@ class Selector {
 }  // namespace
 
 void select_product_keys(const float* scores, std::size_t m, int n, int k, std::int64_t* ids, float* sums) {
-  const auto pairs = undominated_pairs(k);
+  thread_local std::vector<Pair> pairs;  // a model asks for the same k again and again
+  thread_local int pairs_k = 0;
+  if (pairs_k != k) {
+    pairs = undominated_pairs(k);
+    pairs_k = k;
+  }
+  const std::vector<Pair>& shared = pairs;  // the caller's, not each worker's own
   parallel_ranges(m, 32, [&](std::size_t begin, std::size_t end) {
-    Selector selector(n, k, pairs);
+    Selector selector(n, k, shared);
     for (std::size_t i = begin; i < end; ++i) {
       const auto row = static_cast<std::size_t>(k) * i;
       selector.select(scores + 2 * static_cast<std::size_t>(n) * i, ids + row, sums + row);
