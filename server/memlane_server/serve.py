@@ -184,7 +184,7 @@ def _log_config(engine: EngineConfig, config: ServerConfig) -> None:
 
 def _log_ready(here: Context, ready: ipc.Ready, url: str, seconds: float) -> None:
     for line in ready.choices:
-        log.info("chosen: %s", line)
+        log.debug("chosen: %s", line)  # the engine, which shares our stderr, has told this already
     assert here.model is not None
     if here.model.tokenizer is None:
         log.warning("the model has no tokeniser: prompts must be token ids, answers hold no text")

@@ -35,7 +35,7 @@ def data(lines: Iterator[str]) -> Iterator[Any]:
 
 def test_bound_early_ready_late(toy: Path) -> None:
     (toy / "delay").write_text("1.0")
-    with Server(toy) as server:
+    with Server(toy, "--log-level", "debug") as server:
         assert server.client.get("/health").status_code == 200
         response = server.client.get("/ready")
         assert "starting" in error_of(response, 503, "not_ready")["message"]
