@@ -61,9 +61,8 @@ class Worker:
         self._draining = False
         self._lock = threading.Lock()
         self._step_started: float | None = None
-        self._stepping = (
-            threading.Event()
-        )  # set while there are requests: the heartbeat thread sleeps otherwise
+        self._busy = threading.Event()  # set while there are requests: else the heartbeat thread sleeps
+        self._ended = False
         self._step_tokens: deque[int] = deque()
         self._stats_sent = 0.0
 
