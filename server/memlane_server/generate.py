@@ -62,6 +62,7 @@ class Generation:
         except RequestError as error:
             metrics.refused(error.kind)
             raise
+        metrics.accepted(prepared.params.n)
         self._texts = [_Text(model, prepared) for _ in sequences]
         self._records = [metrics.sequence(len(s.prompt), s.params) for s in sequences]
 

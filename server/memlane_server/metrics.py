@@ -113,9 +113,12 @@ class Metrics:
 
     # requests
 
+    def accepted(self, n: int) -> None:
+        """A request was admitted that asks for `n` answers to each prompt."""
+        self._choices.observe(n)
+
     def sequence(self, prompt_tokens: int, params: SamplingParams) -> SequenceRecord:
         """Start measuring one accepted answer."""
-        self._choices.observe(params.n)
         return SequenceRecord(self, prompt_tokens, params)
 
     def refused(self, kind: ErrorKind) -> None:

@@ -143,6 +143,8 @@ def test_answers_of_strangers() -> None:
             check(httpx.Response(status, text="<html>"))
         assert isinstance(raised.value, ApiError)
         assert str(status) in str(raised.value)
+    reader = EventReader(CompletionChunk)
+    assert reader.line('data: {"x": 1}') is None
     with pytest.raises(MemlaneError, match="not what this client understands"):
-        EventReader(CompletionChunk).line('data: {"x": 1}')
+        reader.line("")
     assert EventReader(CompletionChunk).line(": keep-alive") is None

@@ -61,6 +61,7 @@ def test_one_request_is_measured(toy: Path) -> None:
         server.client.post("/v1/completions", json={"prompt": "slow:abc", "n": 2})
         assert server.metric("memlane:request_success_total", finished_reason="stop") == 2
         assert server.metric("memlane:request_prompt_tokens_sum") == 16
+        assert server.metric("memlane:request_params_n_sum") == 2
         assert server.metric("memlane:request_generation_tokens_sum") == 8
         assert server.metric("memlane:time_to_first_token_seconds_count") == 2
         assert server.metric("memlane:inter_token_latency_seconds_count") == 6

@@ -93,7 +93,7 @@ def test_completion_logprobs(http: httpx.Client) -> None:
         "tokens": ["bytes:\\xc3", "bytes:\\xa9", "!", "<|end|>"],
         "token_logprobs": [-0.25] * 4,
         "top_logprobs": [{"\0": -0.5, t: -0.25} for t in ["bytes:\\xc3", "bytes:\\xa9", "!", "<|end|>"]],
-        "text_offset": [0, 0, 0, 1],
+        "text_offset": [0, 0, 1, 2],
     }
 
 

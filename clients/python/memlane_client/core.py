@@ -95,12 +95,18 @@ class EventReader(Generic[AnswerT]):
 
     answer: type[AnswerT]
     done: bool = field(default=False, init=False)
+    _data: list[str] = field(default_factory=list, init=False)
 
     def line(self, line: str) -> AnswerT | None:
-        """The piece that a line carries, if it carries one. Raises ApiError for an error inside the stream."""
-        if not line.startswith("data:"):
-            return None  # an empty line, or a comment that keeps proxies awake
-        data = line.removeprefix("data:").strip()
+        """The piece that this line completes, if it completes one. Raises ApiError for an error in the stream.
+
+        An event ends with an empty line; one that the connection cut off is no event.
+        """
+        if line.startswith("data:"):
+            self._data.append(line.removeprefix("data:").removeprefix(" "))
+        if line or not self._data:
+            return None  # also: a comment that keeps proxies awake
+        data, self._data = "\n".join(self._data), []
         if data == "[DONE]":
             self.done = True
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,17 +28,20 @@ def chat_logprobs(tokenizer: Tokenizer | None, tokens: Sequence[TokenLogprobs]) 
 
 
 class CompletionLogprobs:
-    """`choices[].logprobs` of completions; text offsets run on from chunk to chunk."""
+    """`choices[].logprobs` of completions; text offsets (in characters) run on from chunk to chunk."""
 
-    def __init__(self, tokenizer: Tokenizer | None, offset: int = 0) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, *, offset: int, skip_special_tokens: bool) -> None:
+        """`offset`: characters of the answer before its first token, as with echo."""
         self._tokenizer = tokenizer
         self._offset = offset
+        self._skip_special = skip_special_tokens
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
         offsets = []
         for token in tokens:
             offsets.append(self._offset)
-            self._offset += len(_bytes(self._tokenizer, token.token_id).decode("utf-8", "ignore"))
+            self._offset += self._shown(token.token_id)
         return {
             "tokens": [_spelling(self._tokenizer, t.token_id) for t in tokens],
             "token_logprobs": [max(t.logprob, IMPOSSIBLE) for t in tokens],
@@ -50,6 +54,12 @@ class CompletionLogprobs:
             ],
             "text_offset": offsets,
         }
+
+    def _shown(self, token_id: int) -> int:
+        """How many characters the text grows by with this token."""
+        if self._tokenizer is None or (self._skip_special and self._tokenizer.is_special(token_id)):
+            return 0
+        return len(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
 
 
 def _bytes(tokenizer: Tokenizer | None, token_id: int) -> bytes:

@@ -50,7 +50,14 @@ class _Answer:
         self._prepared = prepared
         self._echo = [self._prompt_text(p) if body.echo else "" for p in prepared.prompts]
         choices = len(prepared.prompts) * prepared.params.n
-        self._logprobs = [CompletionLogprobs(model.tokenizer) for _ in range(choices)]
+        self._logprobs = [
+            CompletionLogprobs(
+                model.tokenizer,
+                offset=len(self._echo[self._prompt_of(i)]),
+                skip_special_tokens=body.skip_special_tokens,
+            )
+            for i in range(choices)
+        ]
 
     def _prompt_text(self, prompt: list[int]) -> str:
         return self._model.need_tokenizer("echo").decode(prompt)
