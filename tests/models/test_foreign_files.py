@@ -19,7 +19,7 @@ from golden import DATA
 from torch import Tensor
 
 from memlane.checkpoints import convert, open_checkpoint
-from memlane.checkpoints.dcp import DcpFolder
+from memlane.checkpoints.dcp import DcpFolder, _tile
 from memlane.checkpoints.tensors import StoredTensor
 from memlane.checkpoints.torch_file import read_torch_file
 from memlane.errors import CheckpointError
@@ -126,6 +126,8 @@ def rewritten_pickle(path: Path, structure: bytes) -> None:
         (b"", "corrupt pickle"),
         (b"\x80\x02.", "corrupt pickle"),
         (b"\x80\x02]q\x00h\x07.", "corrupt pickle"),
+        (b"\x80\x02]r\xff\xff\xff\x7f.", "corrupt pickle: ValueError: memo index"),  # would take 32 GiB
+        (b"\x80\x04\x8e\x00\x00\x00\x00\x10\x00\x00\x00.", "corrupt pickle"),  # bytes that are not there
         (b"cos\nsystem\n(S'true'\ntR.", r"refused: .*(os|posix)\.system"),
         (b"cbuiltins\neval\n(S'1'\ntR.", r"refused: .*builtins\.eval"),
         (b"ctorch\nload\n(S'1'\ntR.", r"refused: .*torch\.load"),
@@ -415,3 +417,11 @@ def test_a_shard_outside_the_folder_is_refused(tmp_path: Path) -> None:
     (folder / ".metadata").write_bytes(data.replace(b"__0_0.distcp", b"../../a/b/cd"))
     with pytest.raises(CheckpointError, match="which is not a file of this folder"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "blocks", [[((0, 0), (2, 3)), ((0, 0), (2, 3))], [((0, 0), (4, 2)), ((0, 2), (2, 2))], []]
+)
+def test_blocks_that_do_not_tile_their_tensor(blocks: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+    assert not _tile((4, 3), blocks)
+    assert _tile((4, 3), [((0, 0), (4, 2)), ((0, 2), (3, 1)), ((3, 2), (1, 1)), ((4, 0), (0, 3))])

@@ -6,8 +6,9 @@ __<rank>_<n>.distcp    blocks, each a torch.save archive of its own at its offse
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,19 +103,15 @@ class DcpFolder:
         """Names of all tensors."""
         return list(self._entries)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._entries[name]["size"])
-
     def tensor(self, name: str) -> LazyTensor:
         """The tensor of that name; checks that its blocks are present and tile it."""
         entry = self._entries[name]
         try:
-            dtype, shape = _dtype(entry["properties"]), tuple(entry["size"])
-            chunks = [(tuple(c.fields["offsets"]), tuple(c.fields["sizes"])) for c in entry["chunks"]]
+            dtype, shape = _dtype(entry["properties"]), _ints(entry["size"])
+            chunks = [(_ints(c.fields["offsets"]), _ints(c.fields["sizes"])) for c in entry["chunks"]]
         except (AttributeError, KeyError, TypeError, IndexError) as error:
             raise CheckpointError(self.path, f"the entry of {name} is malformed: {error}") from error
-        covered = sum(math.prod(sizes) for _, sizes in chunks)
-        if dtype is None or covered != math.prod(shape):
+        if dtype is None or not _tile(shape, chunks):
             raise CheckpointError(self.path, f"the blocks of {name} do not make up its shape {shape}")
         shards = tuple(
             Shard(offsets, self._block(name, offsets, sizes, dtype))
@@ -146,6 +143,27 @@ class DcpFolder:
                 self.directory / file, f"the block of {name} at byte {start} is not what .metadata says"
             )
         return tensor
+
+
+def _ints(values: Any) -> tuple[int, ...]:
+    if not all(type(value) is int and value >= 0 for value in values):
+        raise TypeError(f"{values!r} is not a shape")
+    return tuple(values)
+
+
+def _tile(shape: tuple[int, ...], blocks: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Whether blocks (offsets, sizes) lie inside `shape`, do not overlap, and fill it."""
+    if any(len(part) != len(shape) for block in blocks for part in block):
+        return False
+    full = [list(zip(*block, strict=True)) for block in blocks if math.prod(block[1])]
+    inside = all(at + size <= n for block in full for (at, size), n in zip(block, shape, strict=True))
+    apart = all(
+        any(a + m <= b or b + n <= a for (a, m), (b, n) in zip(first, second, strict=True))
+        for first, second in itertools.combinations(full, 2)
+    )
+    return (
+        inside and apart and sum(math.prod(size for _, size in block) for block in full) == math.prod(shape)
+    )
 
 
 def _dtype(properties: Record) -> torch.dtype | None:

@@ -97,7 +97,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(path, f"is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(path, "is not a JSON object")
@@ -156,9 +156,10 @@ def _open_table(directory: Path, name: str, config: ModelConfig) -> TableSource:
     assert memory is not None
     if tensor.dtype != torch.uint8:
         found = row_format_of(path, name, tensor.dtype)
-        if found != memory.row_format or len(tensor.shape) != 2:
+        plain = (memory.rows, memory.value_dim)
+        if found != memory.row_format or tensor.shape != plain:
             raise CheckpointError(
-                path, f"is {found} {list(tensor.shape)}, the config says {memory.row_format}"
+                path, f"is {found} {list(tensor.shape)}, {CONFIG} says {memory.row_format} {list(plain)}"
             )
         return FloatRows(name, tensor, found)
     wanted = (memory.rows, memory.row_bytes)

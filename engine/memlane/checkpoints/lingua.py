@@ -164,7 +164,7 @@ def _read_params(path: Path) -> dict[str, Any]:
         params = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(path, f"is not JSON: {error}") from error
     if not isinstance(params, dict):
         raise CheckpointError(path, "is not a JSON object")

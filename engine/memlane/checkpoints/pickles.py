@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -54,6 +55,14 @@ def record_class(name: str) -> type[Record]:
     return type(name, (Record,), {})
 
 
+def _check_memo(data: bytes) -> None:
+    """Refuse memo indices and lengths that the data cannot fill: the unpickler would allocate gigabytes for them."""
+    for opcode, argument, _ in pickletools.genops(data):  # checks lengths itself
+        in_memo = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+        if in_memo and isinstance(argument, int) and not 0 <= argument <= len(data):
+            raise ValueError(f"memo index {argument} in {len(data)} bytes")
+
+
 class _Refused(Exception):
     """The pickle names something that is not allowed."""
 
@@ -81,6 +90,7 @@ def load_pickle(path: Path, data: bytes, names: Names, storage: Callable[[Any], 
     Raises CheckpointError if the pickle is malformed or names anything outside `names`.
     """
     try:
+        _check_memo(data)
         return _Unpickler(data, names, storage).load()
     except _Refused as error:
         raise CheckpointError(

@@ -124,7 +124,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(path, f"corrupt header: {error}") from error
     data = 8 + length
     tensors, end = {}, 0

@@ -121,7 +121,7 @@ def _verify_sums(directory: Path) -> None:
     try:
         sums = json.loads(path.read_bytes()).get("sha256") or {}
         wanted = {str(name): str(digest) for name, digest in sums.items()}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(path, f"is not the meta.json of a release: {error}") from error
     for name, digest in wanted.items():
         file = directory / Path(name).name

@@ -190,6 +190,7 @@ def _validate(c: ModelConfig) -> None:
         _require(getattr(c, name) > 0, f"{name} must be positive, got {getattr(c, name)}")
     _require(c.num_heads % c.num_kv_heads == 0,
              f"num_kv_heads ({c.num_kv_heads}) must divide num_heads ({c.num_heads})")  # fmt: skip
+    _require(c.num_layers <= 1024, f"num_layers must be at most 1024, got {c.num_layers}")
     _require(c.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, got {c.head_dim}")
     _require(c.rope_theta > 0, f"rope_theta must be positive, got {c.rope_theta}")
     _require(c.norm_eps >= 0, f"norm_eps must not be negative, got {c.norm_eps}")
