@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import orjson
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from memlane import ipc
@@ -17,6 +17,7 @@ from memlane_server.metrics import Metrics
 from memlane_server.model import ServedModel
 from memlane_server.protocol.errors import HttpRefusal
 from memlane_server.protocol.parsing import BodyT, parse
+from memlane_server.streaming import ClientGone
 
 
 @dataclass
@@ -62,13 +63,16 @@ async def read(request: Request, kind: type[BodyT]) -> BodyT:
 async def _bytes(request: Request, limit: int) -> bytes:
     parts: list[bytes] = []
     size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size <= limit:
-            parts.append(part)
-        elif size > 8 * limit:
-            break
-        # Else read on and forget: most clients send everything before they look for an answer.
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size <= limit:
+                parts.append(part)
+            elif size > 8 * limit:
+                break
+            # Else read on and forget: most clients send everything before they look for an answer.
+    except ClientDisconnect:
+        raise ClientGone from None
     if size > limit:
         raise HttpRefusal("request_too_large", f"the body is larger than {limit} bytes, the limit here")
     return b"".join(parts)

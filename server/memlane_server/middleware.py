@@ -9,7 +9,7 @@ import time
 import uuid
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -54,7 +54,7 @@ class ApiKey:
 
     def __init__(self, app: ASGIApp, key: str | None) -> None:
         self._app = app
-        self._digest = None if key is None else _digest(key.encode("utf-8", "surrogateescape"))
+        self._digest = None if key is None else _digest(key.strip().encode("utf-8", "surrogateescape"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._digest is None or scope["path"] in OPEN or self._allowed(scope):
@@ -99,8 +99,8 @@ class HttpMetrics:
             buckets=buckets.FIRST_TOKEN,
             registry=registry,
         )
-        self._in = Counter("http_request_size_bytes", "Bytes of bodies received.", labels, registry=registry)
-        self._out = Counter("http_response_size_bytes", "Bytes of bodies sent.", labels, registry=registry)
+        self._in = Summary("http_request_size_bytes", "Bytes of bodies received.", labels, registry=registry)
+        self._out = Summary("http_response_size_bytes", "Bytes of bodies sent.", labels, registry=registry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in UNMEASURED:
@@ -131,5 +131,5 @@ class HttpMetrics:
             self._requests.labels(handler, method, f"{status // 100}xx").inc()
             self._seconds.labels(handler, method).observe(seconds)
             self._finely.observe(seconds)
-            self._in.labels(handler, method).inc(received)
-            self._out.labels(handler, method).inc(sent)
+            self._in.labels(handler, method).observe(received)
+            self._out.labels(handler, method).observe(sent)

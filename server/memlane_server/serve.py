@@ -44,6 +44,8 @@ class _Http(uvicorn.Server):
 
 def run(engine: EngineConfig, config: ServerConfig, command: Sequence[str] = WORKER) -> int:
     """Serve until told to stop; returns the exit status. Raises ConfigError before anything is started."""
+    if config.api_key is not None and not config.api_key.strip():
+        raise ConfigError("--api-key: is empty, which would let everybody in; leave it out for no key")
     _set_up_logging(config.log_level)
     if command is WORKER:
         command = (*WORKER, "--log-level", config.log_level)

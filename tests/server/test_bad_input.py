@@ -285,6 +285,14 @@ def test_broken_http_does_not_reach_us(shared: Server) -> None:
         assert connection.recv(4096).startswith(b"HTTP/1.1 400")
 
 
+def test_a_body_that_never_comes(shared: Server) -> None:
+    host, port = shared.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(head + b'Content-Length: 100\r\n\r\n{"prompt": ')
+        time.sleep(0.1)
+
+
 def test_refusals_are_counted_and_nothing_is_disturbed(shared: Server) -> None:
     assert shared.client.post("/v1/completions", json={"prompt": "say:x"}).status_code == 200
     assert "Traceback" not in shared.log

@@ -47,6 +47,7 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "--port", "70000"], "--port: Expected `int` <= 65535"),
         (["serve", "--placement", "moon"], "--placement: Invalid enum value 'moon'"),
         (["serve", "--max-num-seqs", "0"], "--max-num-seqs: Expected `int` >= 1"),
+        (["serve", "--api-key", " "], "--api-key: is empty"),
         (["convert", "a"], "required: DST"),
         (["fly"], "invalid choice: 'fly'"),
         ([], "required: COMMAND"),

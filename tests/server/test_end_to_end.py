@@ -115,10 +115,18 @@ def test_logprobs_are_of_the_tokens(real: Server, golden: tuple[list[int], list[
         assert len(top) == 3
 
 
-def test_the_engine_killed_mid_stream(model: Path, golden: tuple[list[int], list[int]]) -> None:
+def test_the_engine_killed_mid_stream(
+    model: Path, tmp_path: Path, golden: tuple[list[int], list[int]]
+) -> None:
     prompt, tokens = golden
-    with Server(model, "--placement", "host", command=REAL) as server:
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.role[0] }}:{{ m.content }}|{% endfor %}")
+    with Server(model, "--placement", "host", "--chat-template", str(template), command=REAL) as server:
         server.ready(60)
+        chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "ignore_eos": True}
+        answer = server.client.post("/v1/chat/completions", json=chat).json()
+        assert answer["usage"]["completion_tokens"] == 4
+        assert server.client.post("/tokenize", json={"messages": chat["messages"]}).json()["count"] == 5
         with server.client.stream(
             "POST", "/v1/completions", json=greedy(prompt, 50, stream=True)
         ) as response:
