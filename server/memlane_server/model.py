@@ -29,7 +29,6 @@ class ServedModel:
     """Name, text side and limits of one loaded model. Immutable."""
 
     name: str
-    directory: str
     created: int  # Unix seconds
     vocab_size: int
     max_model_len: int
@@ -75,7 +74,6 @@ def load(engine: EngineConfig, server: ServerConfig, ready: ipc.Ready) -> Served
         tokenizer = Tokenizer.load(directory)
     return ServedModel(
         name=server.served_model_name or model_name(engine.model),
-        directory=engine.model,
         created=int(time.time()),
         vocab_size=ready.vocab_size,
         max_model_len=ready.max_model_len,

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,13 @@ def test_the_engine_killed_mid_stream(
         server.ready(60)
         body = server.client.post("/v1/completions", json=greedy(prompt, len(tokens))).json()
         assert body["choices"][0]["token_ids"] == tokens
-        assert server.terminate() == 0
+        engine = server.engine_pid()
+        server.process.kill()
+        for _ in range(100):
+            if not Path(f"/proc/{engine}").exists():
+                break
+            time.sleep(0.05)
+        assert not Path(f"/proc/{engine}").exists(), "no engine outlives its server"
 
 
 def test_rows_that_cannot_be_read_fail_their_requests_only(tmp_path: Path, model: Path) -> None:

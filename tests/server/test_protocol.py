@@ -186,6 +186,7 @@ def test_models(http: httpx.Client) -> None:
         "permission",
     }
     assert (card["id"], card["object"], card["max_model_len"]) == ("toy", "model", 512)
+    assert card["root"] == "toy", "paths of the server are not told"
     assert http.get("/v1/models/toy").json() == card
 
 

@@ -16,7 +16,7 @@ router = APIRouter()
 
 
 def _card(model: ServedModel) -> dict[str, Any]:
-    return model_card(model.name, model.created, model.directory, model.max_model_len)
+    return model_card(model.name, model.created, model.max_model_len)
 
 
 @router.get("/v1/models")
