@@ -88,6 +88,21 @@ def test_truncated_at(tmp_path: Path, keep: float) -> None:
         read_torch_file(path)
 
 
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    path = save({"a": torch.zeros(3)}, tmp_path / "x.pt")
+    data = path.read_bytes()
+    directory = data.rindex(
+        b"PK\x01\x02"
+    )  # an entry of the zip directory; bit 11 of its flags promises UTF-8
+    flags = int.from_bytes(data[directory + 8 : directory + 10], "little") | 0x800
+    damaged = bytearray(data)
+    damaged[directory + 8 : directory + 10] = flags.to_bytes(2, "little")
+    damaged[directory + 50] = 0xD0
+    path.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"x\.pt: truncated or not a file of torch\.save"):
+        read_torch_file(path)
+
+
 def test_flipped_bit_in_a_tensor(tmp_path: Path) -> None:
     path = save({"a": torch.zeros(1000)}, tmp_path / "x.pt")
     offset = read_torch_file(path)["a"].offset

@@ -54,7 +54,14 @@ def read_torch_file(path: Path, start: int = 0, length: int | None = None) -> An
                 raise CheckpointError(path, f"truncated: bytes {start} to {end} wanted, the file has {size}")
             window = _Window(file, start, end)
             return _read_archive(path, window, start)
-    except (zipfile.BadZipFile, struct.error, NotImplementedError) as error:
+    except (
+        zipfile.BadZipFile,
+        struct.error,
+        NotImplementedError,
+        ValueError,
+        OverflowError,
+        EOFError,
+    ) as error:
         raise CheckpointError(path, f"truncated or not a file of torch.save: {error}") from error
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror or error}") from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from memlane.errors import ConfigError
-from memlane.tables import RowFormat
+from memlane.tables.layout import RowFormat
 
 __all__ = ["MemoryConfig", "ModelConfig"]
 

@@ -17,7 +17,10 @@ from memlane.checkpoints.source import Checkpoint
 from memlane.errors import CheckpointError, ConfigError
 from memlane.models.config import DTYPES, ModelConfig
 from memlane.models.transformer import Transformer
-from memlane.tables import Placement, RowFormat, Table, TableError, TableLayout, ValueTable
+from memlane.tables import Table, TableLayout, ValueTable
+from memlane.tables.errors import TableError
+from memlane.tables.layout import RowFormat
+from memlane.tables.table import Placement
 
 __all__ = ["LoadedModel", "load_model", "table_bytes"]
 
