@@ -16,6 +16,7 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
+    disable_created_metrics,
     generate_latest,
 )
 
@@ -34,6 +35,7 @@ class Metrics:
 
     def __init__(self, model_name: str, max_model_len: int = 2**17) -> None:
         """`max_model_len` bounds the buckets that count tokens of a request; unknown when we start."""
+        disable_created_metrics()  # one more sample for each of hundreds, of use to nobody here
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
