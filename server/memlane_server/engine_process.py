@@ -24,6 +24,8 @@ WORKER = (sys.executable, "-m", "memlane.worker")
 # After the process has ended, its last messages may still be on their way through the socket.
 _LAST_WORDS = 0.2
 
+_LONGEST_PARENT = 80
+
 
 class EngineProcess:
     """Use as an async context manager: leaving it ends the process, whatever state it is in.
@@ -34,7 +36,9 @@ class EngineProcess:
     def __init__(self, config: EngineConfig, command: Sequence[str] = WORKER) -> None:
         self._config = config
         self._command = command
-        self._directory = Path(tempfile.mkdtemp(prefix="memlane-"))  # mode 0700: the socket is ours alone
+        # Mode 0700: the socket is ours alone. Its whole path may have about 100 bytes.
+        parent = None if len(tempfile.gettempdir()) < _LONGEST_PARENT else "/tmp"
+        self._directory = Path(tempfile.mkdtemp(prefix="memlane-", dir=parent))
         self._context = zmq.asyncio.Context()
         self._receiving: asyncio.Future[bytes] | None = None
 

@@ -35,7 +35,8 @@ class Metrics:
 
     def __init__(self, model_name: str, max_model_len: int = 2**17) -> None:
         """`max_model_len` bounds the buckets that count tokens of a request; unknown when we start."""
-        disable_created_metrics()  # one more sample for each of hundreds, of use to nobody here
+        # One more sample for each of hundreds, of use to nobody here.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)

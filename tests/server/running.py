@@ -39,9 +39,15 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.client.close()
-        if self.process.poll() is None:
+        for _ in range(2):  # the second signal does not wait for requests; a server ended so leaves no files
+            if self.process.poll() is None:
+                self.process.terminate()
+                time.sleep(0.1)
+        try:
+            self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
             self.process.kill()
-        self.process.wait()
+            self.process.wait()
 
     @property
     def log(self) -> str:
