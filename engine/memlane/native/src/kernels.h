@@ -43,7 +43,7 @@ struct KernelSet {
   void (*dot)(const Rows&, Indices, const float* x, float* out, std::size_t k, std::size_t begin, std::size_t end);
   // out[i] = row i widened to fp32.
   void (*gather)(const Rows&, Indices, float* out, std::size_t begin, std::size_t end);
-  // Adds up all 64-bit words of the rows: reads every byte and does nothing else. The benchmarks' ceiling.
+  // Adds up the words of the rows: reads every byte and does nothing else. The benchmarks' ceiling.
   std::uint64_t (*touch)(const Rows&, Indices, std::size_t begin, std::size_t end);
   // The k largest of scores[0..n), largest first, ties to the smaller index. scratch: n + 64 ints.
   void (*top_k)(const float* scores, int n, int k, float* values, std::int32_t* ids, std::int32_t* scratch);
