@@ -33,6 +33,7 @@ TABLE_COUNTERS: Final[dict[str, tuple[str, str]]] = {
     "misses": ("table_cache_misses", "Requested rows that were not."),
     "unique_misses": ("table_rows_read", "Rows read from where the table lies."),
     "evictions": ("table_cache_evictions", "Cached rows that made way for others."),
+    "warmed_rows": ("table_warmed_rows", "Rows read to warm the cache; no request asked for them."),
     "scratch_rows": ("table_scratch_rows", "Rows read past a cache that their batch had filled."),
     "bytes_read": ("table_bytes_read", "Bytes read from where the table lies."),
     "reads": ("table_reads", "Read operations; neighbouring rows are read in one."),

@@ -24,6 +24,7 @@ class TableStats:
     unique_misses: int  # rows read for a batch
     evictions: int
     scratch_rows: int  # rows that went through the scratch region, because their batch had locked every slot
+    warmed_rows: int  # rows read to warm the cache; nowhere else counted but in bytes_read and read_seconds
     bytes_read: int
     reads: int  # read operations, neighbouring rows merged into one
     retries: int  # reads repeated after a short read or EAGAIN

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Literal
@@ -56,6 +57,8 @@ class ValueTable:
         self._busy = threading.Lock()
         self._calls = 0
         self._requested = 0
+        self._warming: Counter[str] = Counter()  # what warm() made the cache count: no request asked for it
+        self._warming_seconds = 0.0
         self._backend = "ram" if cache is None else source.backend
 
     @classmethod
@@ -181,21 +184,29 @@ class ValueTable:
         """Reads rows into the cache, hottest first, as many as it holds; returns how many of them are cached now.
 
         The first ids become the most recently used. Rows that cannot be read are logged and left out. On "host"
-        nothing is to be done. IndexError: an id outside the table.
+        nothing is to be done. It counts as reads and as warmed_rows, never as requests or misses: a hit rate is
+        about what was asked for. IndexError: an id outside the table.
         """
         ids = np.asarray(row_ids, dtype=np.int64).reshape(-1)
         if self._cache is None:
             return len(ids)
         _, first = np.unique(ids, return_index=True)
         ids = ids[np.sort(first)][: self._cache.slots]
-        for end in range(len(ids), 0, -_WARM_ROWS):
-            part = np.ascontiguousarray(ids[max(0, end - _WARM_ROWS) : end][::-1])
-            try:
-                with self._batch(part, 1) as (_, parts):
-                    for _ in parts:
-                        pass
-            except RowReadError as error:
-                logger.warning("warming: %s", error)
+        calls, requested, seconds = self._calls, self._requested, self._cache.read_seconds
+        before = Counter(self._cache.index.counters())
+        try:
+            for end in range(len(ids), 0, -_WARM_ROWS):
+                part = np.ascontiguousarray(ids[max(0, end - _WARM_ROWS) : end][::-1])
+                try:
+                    with self._batch(part, 1) as (_, parts):
+                        for _ in parts:
+                            pass
+                except RowReadError as error:
+                    logger.warning("warming: %s", error)
+        finally:
+            self._calls, self._requested = calls, requested
+            self._warming += Counter(self._cache.index.counters()) - before
+            self._warming_seconds += self._cache.read_seconds - seconds
         return sum(map(self._cache.index.contains, ids.tolist()))
 
     def stats(self) -> TableStats:
@@ -208,7 +219,9 @@ class ValueTable:
             counters |= {"requested_rows": self._requested, "hits": self._requested}
             resident = layout.nbytes if self._view is not None else 0
         else:
-            counters = cache.index.counters()
+            counted = Counter(cache.index.counters())
+            counted.subtract(self._warming)
+            counters = dict(counted)
             resident = (
                 cache.index.used * layout.stride
                 + cache.scratch_bytes
@@ -227,7 +240,8 @@ class ValueTable:
             reads=source.reads,
             retries=source.retries,
             read_seconds=read_seconds,
-            stall_seconds=read_seconds,  # nothing else is done meanwhile
+            stall_seconds=read_seconds - self._warming_seconds,  # nothing else is done meanwhile
+            warmed_rows=self._warming["unique_misses"],
             errors=0 if cache is None else cache.errors,
             in_flight=source.in_flight,
             cache_slots=layout.rows if cache is None else cache.slots,
