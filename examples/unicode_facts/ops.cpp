@@ -32,6 +32,12 @@ constexpr int kMaxPairs = 128;  // k = 32 has 119
 constexpr int kMaxKeys = 1024;
 constexpr int kMaxLength = 128;
 
+inline bool all_zero(const float* x, int d) {
+    float largest = 0;
+    for (int j = 0; j < d; j++) largest = fabsf(x[j]) > largest ? fabsf(x[j]) : largest;
+    return largest == 0;
+}
+
 inline float sigmoid(float x) {
     const float e = exp_negative(x < 0 ? x : -x);
     return (x < 0 ? e : 1.f) / (1.f + e);
@@ -156,11 +162,18 @@ void product_key_top_k(const float* scores, int64_t M, int H, int n, int k, int3
 }
 
 // Cross-entropy of A rows of V logits, in place: logits become their gradient of the mean loss; returns the mean (nats).
+// Rows with a negative target do not count.
 double cross_entropy(float* logits, const int64_t* targets, int64_t A, int V) {
-    const float each = 1.f / A;
+    int64_t asked = 0;
+    for (int64_t a = 0; a < A; a++) asked += targets[a] >= 0;
+    const float each = 1.f / asked;
     double total = 0;
     for (int64_t a = 0; a < A; a++) {
         float* x = logits + a * V;
+        if (targets[a] < 0) {
+            memset(x, 0, sizeof(float) * V);
+            continue;
+        }
         const float target = x[targets[a]];
         float top = x[0], z = 0;
         for (int j = 0; j < V; j++) top = x[j] > top ? x[j] : top;
@@ -173,7 +186,7 @@ double cross_entropy(float* logits, const int64_t* targets, int64_t A, int V) {
         for (int j = 0; j < V; j++) x[j] *= scale;
         x[targets[a]] -= each;
     }
-    return total / A;
+    return total / asked;
 }
 
 // out[m] = sum_l weights[m,l] * table[ids[m,l]]
@@ -196,6 +209,10 @@ void weighted_sum_backward(const float* table, const int32_t* ids, const float* 
                            int64_t M, int L, int d, float* grad_table, uint8_t* touched, float* grad_weights) {
     for (int64_t m = 0; m < M; m++) {
         const float* g = grad_out + m * d;
+        if (all_zero(g, d)) {  // padding: its rows must not count as touched
+            memset(grad_weights + m * L, 0, sizeof(float) * L);
+            continue;
+        }
         for (int l = 0; l < L; l++) {
             if (l + 5 < L) {
                 const int64_t next = (int64_t)ids[m * L + l + 5] * d;

@@ -22,9 +22,15 @@ from ops import PrefixAttention
 from tokenizer import BOS_ID, EOS_ID
 
 
+STEP = 64
+NOT_ASKED = -1
+
+
 class Batch(NamedTuple):
     """N nodes of B sequences, at most T tokens long; A of the positions are followed by an answer token.
 
+    N and A are padded to multiples of STEP, because oneDNN compiles a kernel for every new shape. Padding nodes read
+    node 0 and have no gradient; padding answers have the target NOT_ASKED.
     token_ids, positions int64 [N]. path int32 [B, T]: node of each position (0 past the end). owner, position int32 [N].
     answer_nodes int64 [A]: nodes whose next token is asked for; targets int64 [A]; sequences int64 [A]: their row of B.
     """
@@ -83,15 +89,21 @@ class Corpus:
         owner, position = (x[first[order]] for x in np.nonzero(used))
         asked = used & (at >= prompt[:, None] - 1)
         return Batch(
-            token_ids=torch.from_numpy(tokens[owner, position].astype(np.int64)),
-            positions=torch.from_numpy(position.astype(np.int64)),
+            token_ids=_padded(tokens[owner, position], np.int64),
+            positions=_padded(position, np.int64),
             path=torch.from_numpy(path),
-            owner=torch.from_numpy(owner.astype(np.int32)),
-            position=torch.from_numpy(position.astype(np.int32)),
-            answer_nodes=torch.from_numpy(path[asked].astype(np.int64)),
-            targets=torch.from_numpy(tokens[:, 1:][asked].astype(np.int64)),
-            sequences=torch.from_numpy(np.nonzero(asked)[0]),
+            owner=_padded(owner, np.int32),
+            position=_padded(position, np.int32),
+            answer_nodes=_padded(path[asked], np.int64),
+            targets=_padded(tokens[:, 1:][asked], np.int64, NOT_ASKED),
+            sequences=_padded(np.nonzero(asked)[0], np.int64),
         )
+
+
+def _padded(values: np.ndarray, dtype: type, fill: int = 0) -> Tensor:
+    out = np.full(-(-len(values) // STEP) * STEP, fill, dtype)
+    out[: len(values)] = values
+    return torch.from_numpy(out)
 
 
 def _prefix_hashes(tokens: np.ndarray) -> np.ndarray:

@@ -9,9 +9,11 @@ import argparse
 import json
 import math
 import os
+import signal
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from torch import nn
 from data import PHRASINGS, Exposures, all_facts
 from memlane.models.transformer import Transformer
 from ops import HeadLoss
-from packing import Corpus
+from packing import NOT_ASKED, Corpus
 from tokenizer import train_tokenizer
 from twins import build, flops_per_token, model_config
 
@@ -74,7 +76,8 @@ class Run:
         self.model, self.table = build(self.config, args.seed, bfloat16=args.precision == "bfloat16")
         self.optimizer = torch.optim.AdamW(_groups(self.model, args.decay), lr=args.lr, betas=(0.9, 0.98), fused=True)
         self.done = 0
-        self.seconds = 0.0
+        self.seconds = self.reported_seconds = 0.0  # of training, without reports
+        self.cpu_seconds = 0.0  # of earlier processes of this run
 
     def rate(self, step: int) -> float:
         """Learning-rate factor: linear warm-up, cosine to `final`."""
@@ -109,6 +112,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "done": self.done,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds + time.process_time(),
             "config": self.config.to_dict(),
         }
 
@@ -117,7 +121,8 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.table is not None:
             self.table.load_state_dict(state["table"])
-        self.done, self.seconds = state["done"], state["seconds"]
+        self.done, self.seconds, self.cpu_seconds = state["done"], state["seconds"], state.get("cpu_seconds", 0.0)
+        self.reported_seconds = self.seconds
 
 
 def _groups(model: Transformer, decay: float) -> list[dict[str, Any]]:
@@ -133,7 +138,7 @@ def exact_match(model: Transformer, corpus: Corpus, facts: np.ndarray, phrasings
     for at in range(0, len(facts), 512):
         batch = corpus.pack(facts[at : at + 512], phrasings[at : at + 512])
         hidden = model(batch.token_ids, batch.positions, batch.attention)
-        wrong = model.logits(hidden[batch.answer_nodes]).argmax(-1) != batch.targets
+        wrong = (model.logits(hidden[batch.answer_nodes]).argmax(-1) != batch.targets) & (batch.targets != NOT_ASKED)
         right[at + batch.sequences[wrong].numpy()] = False
     return right
 
@@ -154,6 +159,7 @@ def main() -> None:
     (folder / "arguments.json").write_text(json.dumps(vars(args), default=str, indent=1))
     if (folder / "checkpoint.pt").exists():
         run.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True))
+        _forget_lost_reports(folder / "log.jsonl", run.done)
         print(f"resumed at step {run.done}", flush=True)
     facts = len(run.corpus.facts)
     dense = sum(p.numel() for p in run.model.parameters())
@@ -162,47 +168,74 @@ def main() -> None:
     draw = np.random.default_rng(7)
     asked = draw.permutation(facts)[: args.evaluate]
     phrasings = draw.integers(len(PHRASINGS), size=len(asked))
+    train(run, folder, asked, phrasings)
+
+
+def _forget_lost_reports(log: Path, done: int) -> None:
+    """Drop reports of steps after the checkpoint: they are about to be made again."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= done))
+
+
+def train(run: Run, folder: Path, asked: np.ndarray, phrasings: np.ndarray) -> None:
+    """Train to the end, reporting exact match on the questions (asked, phrasings). SIGTERM saves and leaves."""
+    args, facts = run.args, len(run.corpus.facts)
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     end = args.stop or args.steps
     with (folder / "log.jsonl").open("a") as log:
-        losses, tokens, mark, saved = [], 0, time.monotonic(), time.monotonic()
-        while run.done < end:
+        losses, tokens = [], 0
+        mark = saved = time.monotonic()
+        while run.done < end and not stopped.is_set():
             loss, computed = run.step()
+            now = time.monotonic()
+            run.seconds += now - mark
+            mark = now
             losses.append(loss)
             tokens += computed
             if run.done % args.report == 0 or run.done == end:
-                took = time.monotonic() - mark
-                run.seconds += took
                 right = exact_match(run.model, run.corpus, asked, phrasings).mean()
-                line = {
-                    "step": run.done,
-                    "exposures": round(run.done * args.batch / facts, 3),
-                    "loss": round(float(np.mean(losses)), 5),
-                    "exact_match": round(float(right), 5),
-                    "rate": round(run.rate(run.done), 4),
-                    "seconds": round(run.seconds, 1),
-                    "samples_per_second": round(len(losses) * args.batch / took, 1),
-                    "tokens_per_second": round(tokens / took),
-                }
-                if run.table is not None:
-                    line["rows_used"] = round((run.table.steps > 0).float().mean().item(), 4)
-                left = (args.steps - run.done) * took / len(losses)
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                print(json.dumps(line), f"{left / 60:.0f} min left", flush=True)
-                losses, tokens, mark = [], 0, time.monotonic()
+                report(run, log, losses, tokens, float(right))
+                losses, tokens = [], 0
             if time.monotonic() - saved > 60 * args.save_minutes:
                 save(run, folder)
                 saved = time.monotonic()
+            mark += time.monotonic() - now  # reports and checkpoints are not training
         save(run, folder)
         if run.done == args.steps:
-            right = [
+            right_by_phrasing = [
                 float(exact_match(run.model, run.corpus, np.arange(facts), np.full(facts, p)).mean())
                 for p in range(len(PHRASINGS))
             ]
             final = {"final": True, "step": run.done, "seconds": round(run.seconds, 1),
-                     "exact_match_by_phrasing": right, "exact_match": float(np.mean(right))}  # fmt: skip
+                     "cpu_seconds": round(run.cpu_seconds + time.process_time(), 1),
+                     "exact_match_by_phrasing": right_by_phrasing,
+                     "exact_match": float(np.mean(right_by_phrasing))}  # fmt: skip
             log.write(json.dumps(final) + "\n")
             print(json.dumps(final), flush=True)
+
+
+def report(run: Run, log: TextIO, losses: list[float], tokens: int, exact: float) -> None:
+    """One line to the log and to the terminal: means over the steps since the last report."""
+    took = max(run.seconds - run.reported_seconds, 1e-9)
+    run.reported_seconds = run.seconds
+    line = {
+        "step": run.done,
+        "exposures": round(run.done * run.args.batch / len(run.corpus.facts), 3),
+        "loss": round(float(np.mean(losses)), 5),
+        "exact_match": round(exact, 5),
+        "rate": round(run.rate(run.done), 4),
+        "seconds": round(run.seconds, 1),
+        "cpu_seconds": round(run.cpu_seconds + time.process_time(), 1),
+        "samples_per_second": round(len(losses) * run.args.batch / took, 1),
+        "tokens_per_second": round(tokens / took),
+    }
+    if run.table is not None:
+        line["rows_used"] = round((run.table.steps > 0).float().mean().item(), 4)
+    left = (run.args.steps - run.done) * took / len(losses)
+    log.write(json.dumps(line) + "\n")
+    log.flush()
+    print(json.dumps(line), f"{left / 60:.0f} min left", flush=True)
 
 
 if __name__ == "__main__":
