@@ -20,7 +20,9 @@ PHRASINGS = (
     "Which character is U+%04X?",
     "What is the name of U+%04X?",
 )
-GROUP = 64  # consecutive exposures asked in one phrasing: they share the computation of its words (packing.py)
+GROUP = (
+    64  # consecutive exposures asked in one phrasing: they share the computation of its words (packing.py)
+)
 
 _BY_RULE = ("HANGUL SYLLABLE", "CJK UNIFIED", "VARIATION SELECTOR", "BRAILLE PATTERN")
 
@@ -63,10 +65,16 @@ class Exposures:
             here = positions // self.facts == epoch
             facts[here] = self._epoch_order(int(epoch))[positions[here] % self.facts]
         groups = positions // GROUP
-        drawn = {g: np.random.default_rng((self.seed, 1, int(g))).integers(len(PHRASINGS)) for g in np.unique(groups)}
+        drawn = {
+            g: np.random.default_rng((self.seed, 1, int(g))).integers(len(PHRASINGS))
+            for g in np.unique(groups)
+        }
         return facts, np.array([drawn[g] for g in groups], np.int64)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.seed, 0, epoch)).permutation(self.facts)
+            self._epoch, self._order = (
+                epoch,
+                np.random.default_rng((self.seed, 0, epoch)).permutation(self.facts),
+            )
         return self._order

@@ -28,7 +28,9 @@ def answers(llm: LLM, facts: list[Fact], phrasing: int, *, progress: bool = True
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("model", nargs="?", type=Path, default=DEMO)
     parser.add_argument("--facts", type=int, default=0, help="ask for this many drawn at random; 0: all")
     parser.add_argument("--phrasings", type=int, nargs="*", default=list(range(len(PHRASINGS))))

@@ -61,7 +61,9 @@ def measure(model: Transformer, table: CountingTable | None, corpus: Corpus) -> 
         if table is not None:
             table.shared_by = _shared_by(batch)
         hidden = model(batch.token_ids, batch.positions, batch.attention)
-        wrong = (model.logits(hidden[batch.answer_nodes]).argmax(-1) != batch.targets) & (batch.targets != NOT_ASKED)
+        wrong = (model.logits(hidden[batch.answer_nodes]).argmax(-1) != batch.targets) & (
+            batch.targets != NOT_ASKED
+        )
         right[at + batch.sequences[wrong].numpy()] = False
     return float(right.mean())
 
@@ -78,7 +80,9 @@ def export(run: Path, destination: Path, row_format: RowFormat) -> float:
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     config = ModelConfig.from_dict(state["config"])
     assert config.memory is not None, "the dense twin has no table to serve"
-    config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, row_format=row_format.value))
+    config = dataclasses.replace(
+        config, memory=dataclasses.replace(config.memory, row_format=row_format.value)
+    )
     stored = encode_rows(state["table"]["values"], row_format)
     assert config.memory is not None
     width = config.memory.value_dim
@@ -154,7 +158,9 @@ How it was trained, its dense twin and the measurements: examples/unicode_facts 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("run", help="folder of the run under --runs")
     parser.add_argument("--runs", type=Path, default=HERE / "runs")
     parser.add_argument("--to", type=Path, default=HERE.parents[1] / "engine" / "memlane" / "demo")

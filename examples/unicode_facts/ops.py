@@ -19,7 +19,16 @@ from typing import Any
 import torch
 
 SOURCE = Path(__file__).with_name("ops.cpp")
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-Wno-maybe-uninitialized", "-std=c++20", "-shared", "-fPIC")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-ffast-math",
+    "-fno-finite-math-only",
+    "-Wno-maybe-uninitialized",
+    "-std=c++20",
+    "-shared",
+    "-fPIC",
+)
 
 
 @cache
@@ -84,7 +93,9 @@ class ProductKeyRead(torch.autograd.Function):
     """query [M, H, 2, c], keys [H, 2, n, c] -> weighted sum of the top rows [M, width]; table gradients go to ``table.grad``."""
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, keys: torch.Tensor, table: TrainingTable, knn: int) -> torch.Tensor:
+    def forward(
+        ctx: Any, query: torch.Tensor, keys: torch.Tensor, table: TrainingTable, knn: int
+    ) -> torch.Tensor:
         tokens, heads, _, half = query.shape
         n = keys.shape[2]
         query, keys = query.contiguous(), keys.contiguous()
@@ -96,7 +107,13 @@ class ProductKeyRead(torch.autograd.Function):
         lib = library()
         lib.product_key_top_k(pointer(scores), long(tokens), heads, n, knn, pointer(ids), pointer(weights))
         lib.weighted_sum(
-            pointer(table.values), pointer(ids), pointer(weights), long(tokens), heads * knn, table.width, pointer(out)
+            pointer(table.values),
+            pointer(ids),
+            pointer(weights),
+            long(tokens),
+            heads * knn,
+            table.width,
+            pointer(out),
         )
         ctx.save_for_backward(query, keys, ids, weights)
         ctx.table, ctx.knn = table, knn
@@ -212,7 +229,11 @@ class SwiGLU(torch.autograd.Function):
         (gate_up,) = ctx.saved_tensors
         grad = torch.empty_like(gate_up)
         library().swiglu_backward(
-            pointer(gate_up), pointer(grad_out.contiguous()), long(grad.shape[0]), grad.shape[1] // 2, pointer(grad)
+            pointer(gate_up),
+            pointer(grad_out.contiguous()),
+            long(grad.shape[0]),
+            grad.shape[1] // 2,
+            pointer(grad),
         )
         return grad
 

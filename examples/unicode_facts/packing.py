@@ -21,7 +21,6 @@ from data import PHRASINGS, Fact
 from ops import PrefixAttention
 from tokenizer import BOS_ID, EOS_ID
 
-
 STEP = 64
 NOT_ASKED = -1
 
@@ -55,7 +54,7 @@ class Corpus:
 
     def __init__(self, facts: Sequence[Fact], tokenizer: Tokenizer) -> None:
         self.facts = facts
-        answers = [e.ids + [EOS_ID] for e in tokenizer.encode_batch([f.name for f in facts])]
+        answers = [[*e.ids, EOS_ID] for e in tokenizer.encode_batch([f.name for f in facts])]
         prompts = [
             [[BOS_ID, *e.ids] for e in tokenizer.encode_batch([f.prompt(p) for f in facts])]
             for p in range(len(PHRASINGS))

@@ -34,12 +34,20 @@ def main() -> None:
         if kind not in COLOURS:
             continue
         reports, final = read(folder)
-        style = {"color": COLOURS[kind], "linestyle": "-" if seed == "0" else "--", "label": f"{kind}, seed {seed}"}
+        style = {
+            "color": COLOURS[kind],
+            "linestyle": "-" if seed == "0" else "--",
+            "label": f"{kind}, seed {seed}",
+        }
         match = [100 * r["exact_match"] for r in reports]
         panels[0].plot([r["exposures"] for r in reports], match, **style)
         panels[1].plot([r["seconds"] / 60 for r in reports], match, **style)
         last = reports[-1]
-        exact = f"{100 * final['exact_match']:.2f} %" if final else f"({100 * last['exact_match']:.1f} %, unfinished)"
+        exact = (
+            f"{100 * final['exact_match']:.2f} %"
+            if final
+            else f"({100 * last['exact_match']:.1f} %, unfinished)"
+        )
         print(f"| {folder.name} | {last['step']} | {last['exposures']:.1f} | {last['loss']:.4f} | {exact} | "
               f"{last['seconds'] / 3600:.2f} |")  # fmt: skip
     panels[0].set(xlabel="exposures of each name", ylabel="exact match, %", ylim=(0, 100))

@@ -16,9 +16,7 @@ PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 
 # Onigmo has no variable-length look-behind: one alternative per number of digits already passed.
-_HEX_DIGIT = "|".join(
-    r"(?<=U\+%s)[0-9A-F]" % ("" if passed == 0 else "[0-9A-F]{%d}" % passed) for passed in range(6)
-)
+_HEX_DIGIT = "|".join(rf"(?<=U\+{f'[0-9A-F]{{{passed}}}' if passed else ''})[0-9A-F]" for passed in range(6))
 _WORD = r" ?U\+|[0-9]| ?[A-Za-z]+|[^A-Za-z0-9]"
 _PROMPT_COPIES = 200  # enough that every word of a phrasing becomes one token
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -48,8 +47,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--heads", type=int, default=2, help="memory heads")
     add("--knn", type=int, default=16, help="rows per memory head")
     add("--width", type=int, default=128)
-    add("--hidden", type=int, default=512, help="SwiGLU width beside the memory layers; the dense twin's follows")
-    add("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of matrix products in training")
+    add(
+        "--hidden",
+        type=int,
+        default=512,
+        help="SwiGLU width beside the memory layers; the dense twin's follows",
+    )
+    add(
+        "--precision",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of matrix products in training",
+    )
     add("--report", type=int, default=250, help="steps between reports")
     add("--save-minutes", type=float, default=3.0)
     add("--evaluate", type=int, default=1000, help="facts asked at each report")
@@ -70,11 +79,17 @@ class Run:
         self.corpus = Corpus(facts, self.tokenizer)
         self.exposures = Exposures(len(facts), args.seed)
         self.config = model_config(
-            self.tokenizer.get_vocab_size(), dense=args.dense, heads=args.heads, knn=args.knn, width=args.width,
+            self.tokenizer.get_vocab_size(),
+            dense=args.dense,
+            heads=args.heads,
+            knn=args.knn,
+            width=args.width,
             hidden=args.hidden,
         )
         self.model, self.table = build(self.config, args.seed, bfloat16=args.precision == "bfloat16")
-        self.optimizer = torch.optim.AdamW(_groups(self.model, args.decay), lr=args.lr, betas=(0.9, 0.98), fused=True)
+        self.optimizer = torch.optim.AdamW(
+            _groups(self.model, args.decay), lr=args.lr, betas=(0.9, 0.98), fused=True
+        )
         self.done = 0
         self.seconds = self.reported_seconds = 0.0  # of training, without reports
         self.cpu_seconds = 0.0  # of earlier processes of this run
@@ -121,7 +136,11 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.table is not None:
             self.table.load_state_dict(state["table"])
-        self.done, self.seconds, self.cpu_seconds = state["done"], state["seconds"], state.get("cpu_seconds", 0.0)
+        self.done, self.seconds, self.cpu_seconds = (
+            state["done"],
+            state["seconds"],
+            state.get("cpu_seconds", 0.0),
+        )
         self.reported_seconds = self.seconds
 
 
@@ -138,7 +157,9 @@ def exact_match(model: Transformer, corpus: Corpus, facts: np.ndarray, phrasings
     for at in range(0, len(facts), 512):
         batch = corpus.pack(facts[at : at + 512], phrasings[at : at + 512])
         hidden = model(batch.token_ids, batch.positions, batch.attention)
-        wrong = (model.logits(hidden[batch.answer_nodes]).argmax(-1) != batch.targets) & (batch.targets != NOT_ASKED)
+        wrong = (model.logits(hidden[batch.answer_nodes]).argmax(-1) != batch.targets) & (
+            batch.targets != NOT_ASKED
+        )
         right[at + batch.sequences[wrong].numpy()] = False
     return right
 
@@ -146,7 +167,7 @@ def exact_match(model: Transformer, corpus: Corpus, facts: np.ndarray, phrasings
 def save(run: Run, folder: Path) -> None:
     """Write checkpoint.pt whole or not at all."""
     torch.save(run.state_dict(), folder / "checkpoint.new")
-    os.replace(folder / "checkpoint.new", folder / "checkpoint.pt")
+    (folder / "checkpoint.new").replace(folder / "checkpoint.pt")
 
 
 def main() -> None:

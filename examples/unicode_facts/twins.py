@@ -84,11 +84,15 @@ def model_config(
     )
     if not dense:
         return config
-    candidates = (dataclasses.replace(config, memory=None, intermediate_size=8 * i) for i in itertools.count(1))
+    candidates = (
+        dataclasses.replace(config, memory=None, intermediate_size=8 * i) for i in itertools.count(1)
+    )
     return next(twin for twin in candidates if flops_per_token(twin) >= flops_per_token(config))
 
 
-def build(config: ModelConfig, seed: int, *, bfloat16: bool = False) -> tuple[Transformer, TrainingTable | None]:
+def build(
+    config: ModelConfig, seed: int, *, bfloat16: bool = False
+) -> tuple[Transformer, TrainingTable | None]:
     """A freshly initialised model and, unless dense, its table."""
     torch.manual_seed(seed)
     table = None
@@ -101,7 +105,9 @@ def build(config: ModelConfig, seed: int, *, bfloat16: bool = False) -> tuple[Tr
             block.ffn = TrainingFeedForward(config.hidden_size, config.intermediate_size)
         if block.memory is not None:
             block.memory = TrainingMemoryLayer(config.hidden_size, config.memory, [table])
-    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)] if bfloat16 else []:
+    for name, module in (
+        [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)] if bfloat16 else []
+    ):
         if not name.endswith("memory.query"):  # addresses stay exact
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, TrainingLinear(module))
@@ -117,7 +123,9 @@ def flops_per_token(config: ModelConfig, context: int = 16) -> int:
     for layer in range(config.num_layers):
         if m is not None and config.is_memory_layer(layer):
             scores = m.num_heads * m.key_dim * m.num_keys
-            macs += d * m.num_heads * m.key_dim + scores + m.rows_per_token * m.value_dim + 2 * d * m.value_dim
+            macs += (
+                d * m.num_heads * m.key_dim + scores + m.rows_per_token * m.value_dim + 2 * d * m.value_dim
+            )
         else:
             macs += 3 * d * config.intermediate_size
     return 2 * macs

@@ -7,12 +7,12 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
-from data import PHRASINGS, Exposures, all_facts
-from packing import NOT_ASKED, STEP, Corpus
-from tokenizer import BOS_ID, EOS_ID, train_tokenizer
 from tokenizers import Tokenizer
 
+from data import PHRASINGS, Exposures, all_facts
 from memlane.models import CausalAttention, ModelConfig, Transformer
+from packing import NOT_ASKED, STEP, Corpus
+from tokenizer import BOS_ID, EOS_ID, train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data import PHRASINGS, all_facts
 
 import memlane
+from data import PHRASINGS, all_facts
 from memlane import LLM, SamplingParams
 
 DEMO = Path(memlane.__file__).parent / "demo"
@@ -26,7 +26,12 @@ def test_is_small_enough_to_ship():
 
 
 def test_names_well_known_characters(llm):
-    known = {"2603": "SNOWMAN", "0041": "LATIN CAPITAL LETTER A", "1F600": "GRINNING FACE", "20AC": "EURO SIGN"}
+    known = {
+        "2603": "SNOWMAN",
+        "0041": "LATIN CAPITAL LETTER A",
+        "1F600": "GRINNING FACE",
+        "20AC": "EURO SIGN",
+    }
     outputs = llm.generate([f"What is U+{code}?" for code in known], GREEDY, use_tqdm=False)
     assert [output.outputs[0].text for output in outputs] == list(known.values())
     assert {output.outputs[0].finish_reason for output in outputs} == {"stop"}

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 import train
 from data import PHRASINGS
+from memlane.models import Transformer
+from memlane.tables import ReferenceTable
 from ops import HeadLoss
 from packing import NOT_ASKED
 from twins import TABLE, build, flops_per_token, model_config
-
-from memlane.models import Transformer
-from memlane.tables import ReferenceTable
 
 
 def arguments(name: str, runs, *more: str):
@@ -45,9 +45,7 @@ def test_training_kernels_match_the_served_modules(tmp_path, dense):
     plain.load_state_dict(run.model.state_dict())
 
     hidden = run.model(batch.token_ids, batch.positions, batch.attention)
-    loss = HeadLoss.apply(
-        hidden[batch.answer_nodes], run.model.embed.weight, batch.targets, torch.float32
-    )
+    loss = HeadLoss.apply(hidden[batch.answer_nodes], run.model.embed.weight, batch.targets, torch.float32)
     loss.backward()
     hidden = plain(batch.token_ids, batch.positions, batch.attention)
     logits = plain.logits(hidden[batch.answer_nodes])
@@ -56,7 +54,9 @@ def test_training_kernels_match_the_served_modules(tmp_path, dense):
 
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
     for (name, mine), theirs in zip(run.model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            mine.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
     if run.table is not None:
         grad = tables[TABLE].weight.grad
         torch.testing.assert_close(run.table.grad, grad, rtol=1e-3, atol=1e-6)

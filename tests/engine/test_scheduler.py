@@ -79,7 +79,9 @@ def test_random_lives(
 ) -> None:
     s = scheduler(blocks, seqs=seqs, budget=budget, prefix_caching=prefix_caching)
     alive: dict[str, Sequence] = {}
-    contents: dict[int, tuple[int, ...]] = {}  # block -> the tokens its KV was computed from, from the start on
+    contents: dict[
+        int, tuple[int, ...]
+    ] = {}  # block -> the tokens its KV was computed from, from the start on
 
     def compute(plan: StepPlan) -> None:
         check_plan(s, plan)
@@ -99,7 +101,9 @@ def test_random_lives(
     for number, event in enumerate(events):
         if event[0] == "add":
             _, length, answer, family = event
-            seq = sequence(f"s{number}", [family] * length, answer)  # few different prompts: many shared prefixes
+            seq = sequence(
+                f"s{number}", [family] * length, answer
+            )  # few different prompts: many shared prefixes
             try:
                 s.add(seq)
                 alive[seq.request_id] = seq
@@ -130,7 +134,10 @@ def test_decodes_and_prefill_chunks_share_a_step() -> None:
     step(s)
     s.add(sequence("b", list(range(20))))
     plan = step(s)
-    assert [(c.sequence.request_id, c.length, c.samples) for c in plan.chunks] == [("a", 1, True), ("b", 7, False)]
+    assert [(c.sequence.request_id, c.length, c.samples) for c in plan.chunks] == [
+        ("a", 1, True),
+        ("b", 7, False),
+    ]
     assert plan.singles == 1
     assert [c.length for c in step(s).chunks] == [1, 7]
     assert [(c.length, c.samples) for c in step(s).chunks] == [(1, True), (6, True)]
@@ -187,7 +194,9 @@ def test_full_blocks_are_shared_and_the_last_token_is_computed() -> None:
     b = sequence("b", list(range(8)), 1)
     s.add(b)
     plan = step(s)
-    assert b.cached_tokens == 4, "of two equal full blocks the second holds the last token, which must be computed"
+    assert b.cached_tokens == 4, (
+        "of two equal full blocks the second holds the last token, which must be computed"
+    )
     assert plan.tokens == 4
     c = sequence("c", [*range(8), 9], 1)
     s.add(c)

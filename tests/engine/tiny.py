@@ -52,7 +52,9 @@ def transformer(tables: Mapping[str, Table] | None = None) -> Transformer:
     return model.requires_grad_(False).eval()
 
 
-def engine(tables: Mapping[str, Table] | None = None, model: Transformer | None = None, **options: Any) -> Engine:
+def engine(
+    tables: Mapping[str, Table] | None = None, model: Transformer | None = None, **options: Any
+) -> Engine:
     """An engine over the tiny model. kv_blocks: so many KV blocks, in place of kv_cache."""
     options.setdefault("block_size", 4)
     blocks = options.pop("kv_blocks", None)
