@@ -18,6 +18,7 @@ constexpr std::uint64_t kPage = 4096;
 constexpr std::size_t kExtentBytes = 64 << 10;   // longest merged read
 constexpr std::size_t kBounceBytes = 16 << 20;   // bounce buffers of one reader, together
 constexpr unsigned kThreads = 32;                // blocking reads in flight without io_uring
+constexpr std::size_t kFewReads = 16;             // in flight: latency counts, not the processor's time
 constexpr int kAttempts = 3;                     // reads without progress before giving up
 
 std::uint64_t page_floor(std::uint64_t offset) { return offset & ~(kPage - 1); }
@@ -235,7 +236,7 @@ void RowReader::read_by_uring(Batch& batch) {
     }
     in_flight_ = static_cast<std::int64_t>(running);
     if (running == 0) return;
-    if (const int error = uring_->submit_and_wait(1); error != 0) {
+    if (const int error = uring_->submit_and_wait(1, running <= kFewReads); error != 0) {
       broken_ = true;
       in_flight_ = 0;
       throw std::system_error(error, std::generic_category(), "io_uring_enter");

@@ -1,6 +1,7 @@
 #include "uring.h"
 
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 
 #if defined(__linux__) && __has_include(<linux/io_uring.h>)
@@ -9,9 +10,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #define MEMLANE_HAS_URING 1
-#ifndef IORING_SETUP_COOP_TASKRUN
-#define IORING_SETUP_COOP_TASKRUN (1U << 8)  // Linux 5.19; building needs headers of 5.6 only
-#endif
 #endif
 
 namespace memlane {
@@ -19,6 +17,16 @@ namespace memlane {
 #if defined(MEMLANE_HAS_URING)
 
 namespace {
+
+constexpr std::chrono::microseconds kLook{150};
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
 
 int setup(unsigned entries, io_uring_params& params) {
   return static_cast<int>(syscall(__NR_io_uring_setup, entries, &params));
@@ -37,12 +45,9 @@ std::uint32_t* word(void* memory, std::uint32_t offset) {
 
 bool Uring::open(unsigned entries, std::string& reason) {
   io_uring_params params{};
-  params.flags = IORING_SETUP_COOP_TASKRUN;  // fewer interrupts of this thread
-  int ring = setup(entries, params);
-  if (ring < 0 && errno == EINVAL) {
-    params = {};
-    ring = setup(entries, params);
-  }
+  // Not IORING_SETUP_COOP_TASKRUN: with it, completions would stay unseen until the next system call, and a wait
+  // could not look for them from here.
+  const int ring = setup(entries, params);
   if (ring < 0) {
     reason = std::string("io_uring_setup: ") + std::strerror(errno);
     return false;
@@ -102,7 +107,11 @@ void Uring::queue_read(int file, void* buffer, std::uint32_t bytes, std::uint64_
   ++queued_;
 }
 
-int Uring::submit_and_wait(unsigned wait_for) {
+int Uring::submit_and_wait(unsigned wait_for, bool look_first) {
+  if (look_first) {
+    const int error = queued_ > 0 ? submit_and_wait(0, false) : 0;
+    if (error != 0 || completed_soon()) return error;
+  }
   do {
     const int taken = enter(ring_, queued_, wait_for);
     if (taken >= 0) {
@@ -113,6 +122,19 @@ int Uring::submit_and_wait(unsigned wait_for) {
     if (errno == EAGAIN || errno == EBUSY) return 0;  // it wants completions to be taken first
     if (errno != EINTR) return errno;
   } while (true);
+}
+
+// A processor that goes to sleep for one read wakes up tens of microseconds late, about as long as the read itself
+// takes. So look for the completion for a while, never long enough to matter to whoever else wants the processor.
+bool Uring::completed_soon() const {
+  const auto until = std::chrono::steady_clock::now() + kLook;
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (*complete_head_ != __atomic_load_n(complete_tail_, __ATOMIC_ACQUIRE)) return true;
+      pause();
+    }
+  } while (std::chrono::steady_clock::now() < until);
+  return false;
 }
 
 bool Uring::next_completion(Completion& completion) {
@@ -134,7 +156,21 @@ bool Uring::open(unsigned, std::string& reason) {
 }
 void Uring::close() {}
 void Uring::queue_read(int, void*, std::uint32_t, std::uint64_t, std::uint64_t) {}
-int Uring::submit_and_wait(unsigned) { return ENOSYS; }
+int Uring::submit_and_wait(unsigned, bool) { return ENOSYS; }
+bool Uring::completed_soon() const { return false; }
+// A processor that goes to sleep for one read wakes up tens of microseconds late, about as long as the read itself
+// takes. So look for the completion for a while, never long enough to matter to whoever else wants the processor.
+bool Uring::completed_soon() const {
+  const auto until = std::chrono::steady_clock::now() + kLook;
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (*complete_head_ != __atomic_load_n(complete_tail_, __ATOMIC_ACQUIRE)) return true;
+      pause();
+    }
+  } while (std::chrono::steady_clock::now() < until);
+  return false;
+}
+
 bool Uring::next_completion(Completion&) { return false; }
 Uring::~Uring() = default;
 

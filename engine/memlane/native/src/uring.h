@@ -26,12 +26,14 @@ class Uring {
 
   // Queues a read; at most entries() may be queued or in flight at once. `buffer` must live until its completion.
   void queue_read(int file, void* buffer, std::uint32_t bytes, std::uint64_t offset, std::uint64_t tag);
-  // Hands the queued reads to the kernel and waits for at least `wait_for` completions. Returns 0 or an errno.
-  int submit_and_wait(unsigned wait_for);
+  // Hands the queued reads to the kernel and waits for at least `wait_for` completions; `look_first`: without sleeping
+  // if one comes soon. Returns 0 or an errno.
+  int submit_and_wait(unsigned wait_for, bool look_first);
   bool next_completion(Completion& completion);
 
  private:
   void close();
+  bool completed_soon() const;
 
   int ring_ = -1;
   unsigned entries_ = 0;
