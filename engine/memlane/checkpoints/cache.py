@@ -27,6 +27,7 @@ def resolve(path: str | Path, *, tokenizer: str | Path | None = None, progress: 
     """The model directory for `path`: itself if it is one, else its conversion in the cache directory, made if needed.
 
     A conversion is known by the path, sizes and times of the source's files, so that a changed source converts anew.
+    tokenizer: for conversions only; a model directory is returned as it is.
     Several processes may ask at once: one converts, the others wait. Raises CheckpointError.
     """
     source = checkpoint_directory(path)

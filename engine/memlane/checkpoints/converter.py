@@ -234,12 +234,17 @@ def _check_hot_rows(path: Path, config: ModelConfig) -> None:
 
 def _replace(work: Path, dst: Path) -> None:
     """Make `work` the destination. An older model there is moved aside first and removed last."""
-    with contextlib.suppress(FileNotFoundError, OSError):
+    with contextlib.suppress(OSError):
         dst.rmdir()  # an empty one
     old = work.with_name(work.name + ".old") if dst.exists() else None
     if old is not None:
         dst.rename(old)
-    work.rename(dst)
+    try:
+        work.rename(dst)
+    except OSError:
+        if old is not None:
+            old.rename(dst)
+        raise
     _sync_path(dst.parent)
     if old is not None:
         shutil.rmtree(old)
