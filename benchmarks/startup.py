@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 import psutil
 
-IMPORTS = "import memlane.worker, memlane.llm"
+IMPORTS = "import memlane.worker, memlane.engine"  # the worker itself brings torch in only when it loads
 
 
 def time_imports() -> float:
