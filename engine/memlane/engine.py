@@ -27,9 +27,11 @@ __all__ = ["Engine"]
 
 logger = logging.getLogger(__name__)
 
+_NOT_FINITE = Failure(ErrorKind.INTERNAL, "the model's output is not finite (NaN or infinity)")
+
 
 class _Computed(NamedTuple):
-    """A step that ran: its plan without the sequences that failed, and logits of the chunks that sample."""
+    """A step that ran: its plan without the sequences that failed, and logits [chunks, vocab] after each chunk."""
 
     plan: StepPlan
     logits: Tensor
@@ -80,9 +82,13 @@ class Engine:
     def step(self) -> list[TokenDelta]:
         """Compute one batch. Returns the new tokens, and the ends of sequences that finished or failed."""
         plan, logits = self._compute(self.scheduler.schedule())
-        sampling = [chunk.sequence for chunk in plan.chunks if chunk.samples]
-        sampled = sample(logits, sampling)
+        rows = [row for row, chunk in enumerate(plan.chunks) if chunk.samples]
+        partial = len(rows) < len(plan.chunks)
+        sampling = [plan.chunks[row].sequence for row in rows]
+        sampled = sample(logits[rows] if partial else logits, sampling)
         self._commit(plan)
+        if partial:
+            self._check_partial(plan, logits)
         self._outbox += map(self._advance, sampling, sampled)
         return self._take_outbox()
 
@@ -184,6 +190,12 @@ class Engine:
                 plan = plan.without(set(lost))
         return _Computed(plan, torch.empty(0, 0))
 
+    def _check_partial(self, plan: StepPlan, logits: Tensor) -> None:
+        """Fail prompts that went wrong before their end, lest what they leave behind reaches other sequences."""
+        for chunk, finite in zip(plan.chunks, torch.isfinite(logits.sum(-1)).tolist(), strict=True):
+            if not chunk.samples and not finite:
+                self._outbox.append(self._fail(chunk.sequence, _NOT_FINITE))
+
     def _take_outbox(self) -> list[TokenDelta]:
         taken, self._outbox = self._outbox, []
         return taken
@@ -199,9 +211,7 @@ class Engine:
     def _advance(self, sequence: Sequence, sampled: Sampled) -> TokenDelta:
         """Give a sequence its token; end it if that was the last."""
         if sampled.token_id is None:
-            return self._fail(
-                sequence, Failure(ErrorKind.INTERNAL, "the model's output is not finite (NaN or infinity)")
-            )
+            return self._fail(sequence, _NOT_FINITE)
         self._generation_tokens += 1
         first = sequence.first_token is None
         finish = sequence.append(sampled.token_id)

@@ -28,9 +28,10 @@ class Prefill(NamedTuple):
 class Batch(NamedTuple):
     """Tensors of a step; T tokens in plan order, the first `singles` of them alone in their chunks.
 
-    token_ids, positions, slots: int64 [T]. tables: int64 [singles, m], padded with block 0. lengths: int64 [singles],
-    positions each single token sees, its own included. sampled: int64 [n], flat tokens whose logits are sampled, or
-    None if all are.
+    token_ids, positions, slots: int64 [T]. tables: int64 [singles, m], each padded with its own last block: padding is
+    masked, but a NaN shows through a mask, and another sequence's block may hold one. lengths: int64 [singles],
+    positions each single token sees, its own included. ends: int64 [chunks], the last flat token of each chunk, or
+    None if every token is one.
     """
 
     token_ids: Tensor
@@ -41,7 +42,7 @@ class Batch(NamedTuple):
     lengths: Tensor
     longest: int
     prefills: list[Prefill]
-    sampled: Tensor | None
+    ends: Tensor | None
 
 
 def make_batch(plan: StepPlan, block_size: int, device: torch.device | str = "cpu") -> Batch:
@@ -51,7 +52,6 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device | str = "cp
     slots: list[int] = []
     tables: list[list[int]] = []
     prefills: list[Prefill] = []
-    sampled: list[int] = []
     for chunk in plan.chunks[: plan.singles]:
         sequence, position = chunk.sequence, chunk.start
         block = position // block_size
@@ -59,8 +59,6 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device | str = "cp
         positions.append(position)
         slots.append(sequence.blocks[block] * block_size + position % block_size)
         tables.append(sequence.blocks[: block + 1])
-        if chunk.samples:
-            sampled.append(len(token_ids) - 1)
     longest = max(positions, default=-1) + 1
     lengths = [position + 1 for position in positions]
     for chunk in plan.chunks[plan.singles :]:
@@ -79,8 +77,7 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device | str = "cp
                 torch.tensor([table], device=device) if chunk.start else None,
             )
         )
-        if chunk.samples:
-            sampled.append(len(token_ids) - 1)
+    ends = [*range(plan.singles), *(prefill.end - 1 for prefill in prefills)]
     widest = max(map(len, tables), default=0)
     flat = torch.tensor([token_ids, positions, slots], dtype=torch.int64, device=device)
     return Batch(
@@ -89,12 +86,10 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device | str = "cp
         slots=flat[2],
         singles=plan.singles,
         tables=torch.tensor(
-            [table + [0] * (widest - len(table)) for table in tables], dtype=torch.int64, device=device
+            [table + table[-1:] * (widest - len(table)) for table in tables], dtype=torch.int64, device=device
         ),
         lengths=torch.tensor(lengths, dtype=torch.int64, device=device),
         longest=longest,
         prefills=prefills,
-        sampled=None
-        if len(sampled) == len(token_ids)
-        else torch.tensor(sampled, dtype=torch.int64, device=device),
+        ends=torch.tensor(ends, device=device) if prefills else None,
     )

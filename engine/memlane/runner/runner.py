@@ -27,13 +27,15 @@ class Runner:
     def run(self, plan: StepPlan, *, all_logits: bool = False) -> Tensor:
         """Compute the plan's tokens and write their KV. The plan must not be empty.
 
-        Returns logits fp32 [n, vocab] of the chunks that sample, in plan order; with `all_logits` of every token.
+        Returns logits fp32 [chunks, vocab] after the last token of each chunk; with `all_logits` [T, vocab] after every
+        token. Those of chunks that do not sample show whether what they computed is finite: each token attends to all
+        before it, so one that is not makes the later ones so.
         Raises RowReadError if table rows could not be read; the same or a smaller plan may then be run again.
         """
         batch = make_batch(plan, self.kv.block_size, self.device)
         hidden = self.transformer(batch.token_ids, batch.positions, PagedAttention(self.kv, batch))
-        if batch.sampled is not None and not all_logits:
-            hidden = hidden.index_select(0, batch.sampled)
+        if batch.ends is not None and not all_logits:
+            hidden = hidden.index_select(0, batch.ends)
         return self.transformer.logits(hidden)
 
     @torch.inference_mode()

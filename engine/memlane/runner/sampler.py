@@ -23,6 +23,8 @@ from memlane.scheduler import Sequence
 
 __all__ = ["Sampled", "sample"]
 
+_LEAST = torch.finfo(torch.float32).tiny
+
 
 class Sampled(NamedTuple):
     """A token chosen for one sequence, or None where its logits were not finite."""
@@ -61,7 +63,9 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sampled]:
 def _draw(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[int]:
     """One random token for each row of logits [n, vocab], all finite or -inf."""
     device = logits.device
-    logits = logits / torch.tensor([[s.params.temperature] for s in sequences], device=device)
+    # The best at 0, and no temperature below the least normal fp32: then the least ones give 0 and -inf, never NaN.
+    temperatures = torch.tensor([[max(s.params.temperature, _LEAST)] for s in sequences], device=device)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperatures
     logits = _truncate(logits, sequences)
     # fp64: the running sum over a large vocabulary must not swallow small probabilities.
     cumulative = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum_(-1)

@@ -57,7 +57,6 @@ class Sequence:
         self.hashes: list[bytes] = []  # of the full blocks of token_ids, as far as they were needed
 
         self.cached_tokens = 0  # prompt tokens found in the prefix cache when first admitted
-        self.reported_cached = False
         self.preemptions = 0
         self.prompt_tokens_computed = 0
         self.arrived = time.perf_counter()
