@@ -18,7 +18,7 @@ from memlane.request import SamplingParams, TokenDelta
 from memlane.tables import ReferenceTable, Table
 
 VOCAB = 61
-MEMORY = MemoryConfig(layers=(1,), num_keys=8, num_heads=2, knn=4, key_dim=8, value_dim=16)
+MEMORY = MemoryConfig(layers=(1,), num_keys=32, num_heads=2, knn=4, key_dim=8, value_dim=16)
 CONFIG = ModelConfig(
     vocab_size=VOCAB,
     hidden_size=16,
@@ -113,6 +113,11 @@ def _naive_model() -> Transformer:
 
 def greedy_naive(prompt: Sequence[int], count: int) -> list[int]:
     """The argmax continuation, everything recomputed for each token."""
+    return _greedy_naive(tuple(prompt), count)
+
+
+@functools.cache
+def _greedy_naive(prompt: tuple[int, ...], count: int) -> list[int]:
     ids = list(prompt)
     for _ in range(count):
         ids.append(int(logits_naive(_naive_model(), ids)[-1].argmax()))
