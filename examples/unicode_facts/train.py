@@ -136,11 +136,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.table is not None:
             self.table.load_state_dict(state["table"])
-        self.done, self.seconds, self.cpu_seconds = (
-            state["done"],
-            state["seconds"],
-            state.get("cpu_seconds", 0.0),
-        )
+        self.done, self.seconds, self.cpu_seconds = state["done"], state["seconds"], state["cpu_seconds"]
         self.reported_seconds = self.seconds
 
 

@@ -22,6 +22,17 @@ def arguments(name: str, runs, *more: str):
     return train.arguments(["--name", name, "--runs", str(runs), *small, *more])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _facts_once():
+    """Every run reads the same facts and trains the same tokenizer; here they do it once."""
+    facts = train.all_facts()
+    tokenizer = train.train_tokenizer(facts, 600)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "all_facts", lambda: facts)
+        patch.setattr(train, "train_tokenizer", lambda *_: tokenizer)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     threads = torch.get_num_threads()
