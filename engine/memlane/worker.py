@@ -80,15 +80,15 @@ class Worker:
 
     def _serve(self) -> int:
         while not (self._draining and not self.engine.unfinished):
-            if self.engine.unfinished:
-                self._busy.set()
-            else:
+            if not self.engine.unfinished:
                 self._busy.clear()
                 self._send_stats()
                 self._wait()
             self._receive()
-            if self.engine.unfinished and not self._step():
-                return 1
+            if self.engine.unfinished:
+                self._busy.set()
+                if not self._step():
+                    return 1
         self._send_stats()
         return 0
 
