@@ -57,6 +57,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Annotated[int, Meta(ge=0)], Help(description="seed of requests that bring none of their own")
     ] = 0
 
+    def __post_init__(self) -> None:
+        """Sizes that cannot be read are refused here, before anything is loaded."""
+        parse_bytes(self.row_cache, whole=0, option="row_cache")
+        if self.kv_cache != "auto":
+            parse_bytes(self.kv_cache, option="kv_cache")
+
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the HTTP side needs to know."""

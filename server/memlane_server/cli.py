@@ -67,7 +67,10 @@ def _add_serve(commands: Any) -> None:
         allow_abbrev=False,
     )
     serve.add_argument(
-        "model", nargs="?", metavar="MODEL", help="model directory or checkpoint [the demo model]"
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="model directory or checkpoint [the demo model, its table on disk]",
     )
     for title, config in (("engine", EngineConfig), ("server", ServerConfig)):
         group = serve.add_argument_group(title)
@@ -95,6 +98,8 @@ def _serve(given: argparse.Namespace) -> int:
 
     if given.model is None and not os.environ.get("MEMLANE_MODEL"):
         given.model = demo_directory()
+        if given.placement is None and not os.environ.get("MEMLANE_PLACEMENT"):
+            given.placement = "disk"  # it would fit RAM, but reading rows from disk is what there is to see
     return run(_config(EngineConfig, given), _config(ServerConfig, given))
 
 

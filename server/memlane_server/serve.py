@@ -78,8 +78,9 @@ async def _serve(
     here = Context(engine, config, Metrics(config.served_model_name or model_name(engine.model)))
 
     def on_ready(ready: ipc.Ready) -> None:
+        restarted = here.model is not None
         here.model_loaded(ready)
-        _log_ready(here, ready, url, time.monotonic() - begun)
+        _log_ready(here, ready, url, None if restarted else time.monotonic() - begun)
 
     here.client = EngineClient(
         engine,
@@ -184,15 +185,16 @@ def _log_config(engine: EngineConfig, config: ServerConfig) -> None:
         log.info("%s: %s", type(part).__name__, " ".join(values))
 
 
-def _log_ready(here: Context, ready: ipc.Ready, url: str, seconds: float) -> None:
+def _log_ready(here: Context, ready: ipc.Ready, url: str, seconds: float | None) -> None:
+    """`seconds`: since the server started; None when the engine was restarted."""
     for line in ready.choices:
         log.debug("chosen: %s", line)  # the engine, which shares our stderr, has told this already
     assert here.model is not None
     if here.model.tokenizer is None:
         log.warning("the model has no tokeniser: prompts must be token ids, answers hold no text")
     log.info(
-        "ready in %.1f s: model %r, %d tokens of context, engine resident memory %.0f MiB",
-        seconds,
+        "%s: model %r, %d tokens of context, engine resident memory %.0f MiB",
+        "ready again" if seconds is None else f"ready in {seconds:.1f} s",
         here.model.name,
         ready.max_model_len,
         ready.resident_bytes / 2**20,

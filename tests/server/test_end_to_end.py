@@ -66,7 +66,8 @@ def test_served_tokens_are_the_references(real: Server, golden: tuple[list[int],
     body = real.client.post("/v1/completions", json=greedy(prompt, len(tokens))).json()
     assert body["choices"][0]["token_ids"] == tokens
     assert body["choices"][0]["finish_reason"] == "length"
-    assert real.metric("memlane:table_bytes_read_total", table="values", tier="disk") > 0
+    # Statistics travel ten times a second, not with every answer.
+    real.until(lambda: real.metric("memlane:table_bytes_read_total", table="values", tier="disk") > 0)
     assert "io_uring" in real.log or "threads" in real.log, "the way of reading is logged"
 
 

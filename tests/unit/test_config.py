@@ -34,6 +34,14 @@ def test_bad_values_are_refused_with_the_name_of_where_they_came_from(
         build(ServerConfig, given, environment)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("row_cache", "12parsecs"), ("row_cache", "-5"), ("kv_cache", "25%")]
+)
+def test_sizes_are_checked_before_anything_is_loaded(option: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{option}: '{value}' is not a size"):
+        build(EngineConfig, {"model": "m", option: value}, {})
+
+
 def test_a_required_option_that_is_missing_is_named() -> None:
     with pytest.raises(ConfigError, match="model"):
         build(EngineConfig, {}, {})

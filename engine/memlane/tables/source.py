@@ -119,7 +119,8 @@ class FileSource:
             if error
             else "the file ends before it"
         )
-        return f"{self._layout.path}: row {row} at byte {at}: {what}"
+        # The name alone: the reason reaches clients, whom the path does not concern.
+        return f"{self._layout.path.name}: row {row} at byte {at}: {what}"
 
     def inject_fault(self, first: int, last: int, error: int, times: int) -> None:
         """For tests: the next `times` reads of rows [first, last] fail with errno `error` (0: the file ends there)."""
