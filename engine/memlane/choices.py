@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,14 @@ _KV_AUTO_LIMIT = 1 << 30
 _TABLE_SHARE = (
     0.5  # of available memory that tables may take unasked: the rest is for weights, KV and the page cache
 )
+
+
+class _Unit(NamedTuple):
+    name: str
+    bytes: int
+
+
+_UNITS = (_Unit("GiB", 1 << 30), _Unit("MiB", 1 << 20), _Unit("KiB", 1 << 10))
 
 
 class KVSize(NamedTuple):
@@ -96,13 +105,18 @@ class Choices:
                 f"({c.max_num_seqs} sequences of {wanted} tokens, to {_size(limit)})"
             )
         else:
-            blocks = parse_bytes(c.kv_cache, option="kv_cache") // block_bytes
+            asked = parse_bytes(c.kv_cache, option="kv_cache")
+            if available is not None and asked > available:
+                raise ConfigError(
+                    f"kv_cache: {_size(asked)} is more than the {_size(available)} of memory available"
+                )
+            blocks = asked // block_bytes
         if blocks >= a_sequence:
             return KVSize(blocks, wanted)
         if c.max_model_len is not None or blocks * c.block_size < 2:
             raise ConfigError(
                 f"kv_cache: {_size(blocks * block_bytes)} hold {blocks * c.block_size} tokens, fewer than one "
-                f"sequence of {wanted}; give it {_size(a_sequence * block_bytes)} or lower max_model_len"
+                f"sequence of {wanted}; give it {_size_that_holds(a_sequence * block_bytes)} or lower max_model_len"
             )
         self.note(
             f"max_model_len: {blocks * c.block_size} (all that the KV cache holds; the model has {wanted})"
@@ -138,4 +152,14 @@ def _group_available(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.1f} MiB"
+    return f"{count / _unit(count).bytes:.1f} {_unit(count).name}"
+
+
+def _size_that_holds(count: int) -> str:
+    """`_size` rounded up: taken as advice, it must suffice."""
+    unit = _unit(count)
+    return f"{math.ceil(10 * count / unit.bytes) / 10:.1f} {unit.name}"
+
+
+def _unit(count: int) -> _Unit:
+    return next((unit for unit in _UNITS if count >= unit.bytes), _UNITS[-1])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -92,7 +94,7 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits after each token, fp32 [T, vocab], computed as in serving. Raises RequestError on bad ids."""
-        return self.engine.logits([int(token) for token in token_ids])
+        return self.engine.logits(_ids(token_ids))
 
     def stats(self) -> Stats:
         """What the engine counted: steps, tokens, prefix cache, and per table rows, hits, bytes read, stall time."""
@@ -154,14 +156,14 @@ class LLM:
             self.engine.abort([delta.request_id])
 
     def _prompts(self, prompts: Prompts) -> list[_Prompt]:
-        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral)):
             return [self._prompt(cast(str | Sequence[int], prompts))]
         return [self._prompt(prompt) for prompt in cast(Sequence[str | Sequence[int]], prompts)]
 
     def _prompt(self, prompt: str | Sequence[int]) -> _Prompt:
         if isinstance(prompt, str):
             return _Prompt(prompt, self._need_tokenizer("prompt").encode(prompt))
-        return _Prompt(None, list(prompt))
+        return _Prompt(None, _ids(prompt))
 
     def _need_tokenizer(self, param: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -175,9 +177,21 @@ def _load_tokenizer(config: EngineConfig, directory: Path) -> Tokenizer | None:
     return Tokenizer.load(directory) if (directory / "tokenizer.json").is_file() else None
 
 
+def _ids(prompt: Iterable[int]) -> list[int]:
+    """Token ids as plain integers, whatever kind of integers and of sequence they came in."""
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError as error:
+        raise RequestError("a prompt is a text or a list of token ids", param="prompt") from error
+
+
 def _params(params: SamplingParams | Sequence[SamplingParams] | None, prompts: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * prompts
     if len(params) != prompts:
         raise RequestError(f"{len(params)} params for {prompts} prompts", param="params")
+    if not all(isinstance(each, SamplingParams) for each in params):
+        raise RequestError(
+            "params must be SamplingParams, one for all prompts or one for each", param="params"
+        )
     return list(params)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,7 +16,7 @@ from torch import Tensor
 
 import memlane
 from memlane import LLM, SamplingParams
-from memlane.errors import CheckpointError, ConfigError, RequestError
+from memlane.errors import CheckpointError, ConfigError, ErrorKind, RequestError
 from memlane.request import TokenDelta
 
 DATA = Path(__file__).parents[1] / "data"
@@ -67,9 +70,26 @@ def test_golden_vectors(vector: Path, placement: str) -> None:
                 assert table.stats().scratch_rows > 0, "the cache was meant to be too small for a step"
 
 
+@pytest.mark.parametrize("vector", VECTORS, ids=str)
+def test_placements_agree_to_the_bit(vector: Path) -> None:
+    g = golden(vector)
+    with (
+        LLM(g.checkpoint, placement="host") as host,
+        LLM(g.checkpoint, placement="disk", row_cache="2%", max_num_batched_tokens=16) as disk,
+        LLM(g.checkpoint, placement="host", max_num_batched_tokens=16) as chunked,
+    ):
+        for ids in g.input_ids:
+            # Where a prompt is cut into steps may move a sum by a rounding, where rows come from may not.
+            assert torch.equal(disk.logits(ids), chunked.logits(ids))
+            assert torch.allclose(host.logits(ids), disk.logits(ids), atol=LOGITS_TOLERANCE)
+        params = SamplingParams(n=2, seed=3, max_tokens=6, ignore_eos=True, logprobs=3)
+        answers = [llm.generate(g.prompts, params, use_tqdm=False) for llm in (disk, chunked)]
+        assert answers[0] == answers[1]  # to the last digit of each log-probability
+
+
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM(DEMO, max_num_seqs=4) as llm:
+    with LLM(DEMO, placement="disk", row_cache="5%", max_num_seqs=4) as llm:
         yield llm
 
 
@@ -94,6 +114,26 @@ def test_one_prompt_of_ids_and_several(llm: LLM) -> None:
     two = llm.generate([[1, 2, 3], [4]], use_tqdm=False)
     assert [output.prompt_token_ids for output in two] == [[1, 2, 3], [4]]
     assert llm.generate([], use_tqdm=False) == []
+    params = SamplingParams(max_tokens=1)
+    for given in (np.array([1, 2, 3]), np.array([[1, 2, 3]]), torch.tensor([[1, 2, 3]])):
+        [output] = llm.generate(given, params, use_tqdm=False)  # type: ignore[arg-type]
+        assert output.prompt_token_ids == [1, 2, 3]
+        assert {type(token) for token in output.prompt_token_ids} == {int}
+
+
+@pytest.mark.parametrize(
+    "prompts", [[1.5, 2], [[1, "a"]], [["What is U+2603?"]], [None], [[1], 2], torch.tensor([1, 2])], ids=str
+)
+def test_what_is_no_prompt_is_refused(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(RequestError, match="a text or a list of token ids"):
+        llm.generate(prompts, use_tqdm=False)
+    assert llm.engine.unfinished == 0
+
+
+def test_logits_of_what_is_no_sequence(llm: LLM) -> None:
+    for ids, message in (([], "empty"), ([1.5], "token ids"), ([1] * 129, "129 tokens; at most 128")):
+        with pytest.raises(RequestError, match=message):
+            llm.logits(ids)  # type: ignore[arg-type]
 
 
 def test_choices_and_params_for_each_prompt(llm: LLM) -> None:
@@ -108,6 +148,8 @@ def test_choices_and_params_for_each_prompt(llm: LLM) -> None:
     assert len(second.outputs[0].token_ids) == 3
     with pytest.raises(RequestError, match="2 params for 1 prompts"):
         llm.generate("a", params)
+    with pytest.raises(RequestError, match="must be SamplingParams"):
+        llm.generate("a", {"max_tokens": 3})  # type: ignore[arg-type]
 
 
 def test_stop_strings_end_an_answer(llm: LLM) -> None:
@@ -159,6 +201,8 @@ def test_chat_knows_a_fact(llm: LLM) -> None:
         [[{"role": "user", "content": "What is U+2603?"}]] * 2, SamplingParams(temperature=0), False
     )
     assert [o.outputs[0].text for o in two] == [output.outputs[0].text] * 2
+    with pytest.raises(RequestError, match="a user message is needed"):
+        llm.chat([{"role": "system", "content": "Be brief."}])
 
 
 def test_stats(llm: LLM) -> None:
@@ -173,6 +217,40 @@ def test_a_bad_prompt_leaves_nothing_behind(llm: LLM) -> None:
         llm.generate([[1, 2], [10**6]], use_tqdm=False)
     assert llm.engine.unfinished == 0
     llm.engine.check_integrity()
+
+
+def test_a_prompt_that_is_too_long(llm: LLM) -> None:
+    with pytest.raises(RequestError, match=r"has 801 tokens.* at most 127") as refused:
+        llm.generate(["a", "x " * 400], use_tqdm=False)
+    assert refused.value.kind is ErrorKind.CONTEXT_LENGTH
+    assert llm.engine.unfinished == 0
+    [longest] = llm.generate([5] * 127, SamplingParams(max_tokens=None, ignore_eos=True), use_tqdm=False)
+    assert (len(longest.outputs[0].token_ids), longest.outputs[0].finish_reason) == (1, "length")
+
+
+def test_an_answer_that_fails_says_why_and_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[3, 4, 5], [6, 7, 8]]
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    with LLM(DATA / "lingua" / "a_memplus", placement="disk", row_cache="0", max_num_seqs=1) as llm:
+        good = llm.generate(prompts, params, use_tqdm=False)
+        table = llm.engine.model.tables["values"]
+        step = llm.engine.step
+
+        def until_one_failed() -> list[TokenDelta]:
+            deltas = step()
+            if any(delta.failure for delta in deltas):
+                table.source.inject_fault(0, table.rows - 1, errno.EIO, 0)
+            return deltas
+
+        monkeypatch.setattr(llm.engine, "step", until_one_failed)
+        table.source.inject_fault(0, table.rows - 1, errno.EIO, 10**6)
+        failed, unharmed = (output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False))
+        assert (failed.finish_reason, failed.token_ids, failed.text) == ("error", [], "")
+        assert "table-values.safetensors: row" in (failed.error or "")
+        assert "EIO" in (failed.error or "")
+        assert unharmed == good[1].outputs[0]
+        llm.engine.check_integrity()
+        assert llm.generate(prompts, params, use_tqdm=False) == good
 
 
 def test_an_interrupted_run_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,9 +288,11 @@ def test_bfloat16_is_near() -> None:
     [
         ({"speed": 9}, "speed"),
         ({"placement": "moon"}, "placement"),
+        ({"dtype": "float64"}, "--dtype"),
         ({"row_cache": "much"}, "row_cache"),
         ({"max_model_len": 10**6}, "max_model_len"),
         ({"kv_cache": "1KiB", "max_model_len": 64}, "kv_cache"),
+        ({"kv_cache": "100TiB"}, "kv_cache: .* is more than"),
     ],
 )
 def test_options_that_cannot_work(options: dict[str, object], named: str) -> None:
@@ -223,6 +303,32 @@ def test_options_that_cannot_work(options: dict[str, object], named: str) -> Non
 def test_a_path_that_holds_no_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nothing"):
         LLM(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "file", "placement"),
+    [
+        (DEMO, "model.safetensors", "disk"),
+        (DEMO, "table-values.safetensors", "disk"),
+        (DEMO, "config.json", "host"),
+        (DEMO, "tokenizer.json", "host"),
+        (DATA / "lingua" / "b_pk_vanilla", "consolidated/consolidated.pth", "host"),
+        (DATA / "lingua" / "f_dcp", "__0_0.distcp", "disk"),
+        (DATA / "smlm" / "q4" / "model", "rest.pt", "disk"),
+        (DATA / "smlm" / "q4" / "model", "values_q4.bin", "host"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_truncated_file_is_named(tmp_path: Path, checkpoint: Path, file: str, placement: str) -> None:
+    broken = Path(shutil.copytree(checkpoint, tmp_path / "broken")) / file
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError) as refused:
+        LLM(tmp_path / "broken", placement=placement)
+    assert str(broken) in str(refused.value)
+    broken.write_bytes(whole)
+    with LLM(tmp_path / "broken", placement=placement) as llm:  # nothing of the failure was kept
+        assert llm.generate([1, 2], use_tqdm=False)[0].outputs[0].token_ids
 
 
 def test_automatic_choices_are_listed_with_reasons() -> None:

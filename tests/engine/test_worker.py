@@ -173,6 +173,32 @@ def test_idle_engines_say_once_a_second_that_they_live() -> None:
             assert isinstance(it.parent.receive(1.5), Stats)
 
 
+def test_stats_come_ten_times_a_second_while_requests_run(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    e = Engine(EngineConfig(model=str(model), placement="disk", row_cache="4KiB"))
+    step = e.step
+    monkeypatch.setattr(e, "step", lambda: time.sleep(0.02) or step())
+    with running(e) as it:
+        it.parent.send(request("a", [1, 2, 3], greedy(max_tokens=60)))
+        begun = time.monotonic()
+        during: list[Stats] = []
+        ended = False
+        while not ended:
+            message = it.parent.receive(1.0)
+            if isinstance(message, Deltas):
+                ended = message.deltas[-1].finish_reason is not None
+            elif isinstance(message, Stats) and message.running:
+                during.append(message)
+        seconds = time.monotonic() - begun
+        assert 3 <= len(during) <= 11 * seconds + 1, "each costs the HTTP side a little"
+        for counter in ("requested_rows", "hits", "misses", "bytes_read"):
+            counts = [stats.tables[0].counters[counter] for stats in during]
+            assert counts == sorted(counts)
+            assert counts[0] < counts[len(counts) // 2] < counts[-1], f"{counter} did not grow meanwhile"
+    e.close()
+
+
 def test_a_long_step_shows_its_age(monkeypatch: pytest.MonkeyPatch) -> None:
     e = tiny.engine()
     step, release = e.step, threading.Event()
@@ -280,6 +306,20 @@ def test_a_corrupt_checkpoint_is_fatal_and_named(model: Path, address: str, tmp_
     assert isinstance(fatal, Fatal)
     assert str(table) in fatal.message
     assert process.wait(10) == 1
+
+
+def test_a_frame_that_is_no_message_is_fatal(model: Path) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    parent = Parent(context, "inproc://engine")
+    socket = context.socket(zmq.PAIR)
+    socket.connect("inproc://engine")
+    parent.socket.send(b"hello")
+    assert worker._serve(msgspec.json.encode(EngineConfig(model=str(model))).decode(), socket) == 1
+    fatal = parent.until(lambda m: isinstance(m, Fatal))
+    assert isinstance(fatal, Fatal)
+    assert fatal.message.startswith("the engine ends: ValidationError: ")
+    socket.close()
+    parent.socket.close()
 
 
 @pytest.mark.parametrize("config", ['{"model": "x", "speed": 9}', '{"model": "/nowhere"}', "[", ""])
