@@ -58,6 +58,11 @@ async def _end(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def stream(request: Request, frames: AsyncGenerator[bytes, None]) -> EventStream:
+    """The response that streams `frames`. What goes wrong before the first of them is still an HTTP status."""
+    return EventStream(await unless_gone(request, anext(frames)), frames)
+
+
 class EventStream(Response):
     """Sends `first` and then `frames`, and `[DONE]` at the end, also after an error.
 

@@ -25,7 +25,7 @@ from memlane_server.protocol.chat import (
     message_choice,
 )
 from memlane_server.protocol.logprobs import chat_logprobs
-from memlane_server.streaming import EventStream, frame, unless_gone
+from memlane_server.streaming import frame, stream, unless_gone
 
 router = APIRouter()
 
@@ -39,10 +39,9 @@ async def chat_completions(request: Request) -> Response:
     prepared = await prepare_chat(model, body)
     answer = _Answer(model, body, prepared)
     generation = Generation(answer.id, model, here.client, here.metrics, prepared)
-    if not body.stream:
-        return json_response(await unless_gone(request, answer.whole(generation)))
-    frames = answer.frames(generation)
-    return EventStream(await unless_gone(request, anext(frames)), frames)
+    if body.stream:
+        return await stream(request, answer.frames(generation))
+    return json_response(await unless_gone(request, answer.whole(generation)))
 
 
 class _Answer:

@@ -19,7 +19,7 @@ from memlane_server.model import ServedModel
 from memlane_server.prepare import Prepared, prepare_completion
 from memlane_server.protocol.completions import CompletionRequest, choice, completion
 from memlane_server.protocol.logprobs import CompletionLogprobs
-from memlane_server.streaming import EventStream, frame, unless_gone
+from memlane_server.streaming import frame, stream, unless_gone
 
 router = APIRouter()
 
@@ -33,10 +33,9 @@ async def completions(request: Request) -> Response:
     prepared = await prepare_completion(model, body)
     answer = _Answer(model, body, prepared)
     generation = Generation(answer.id, model, here.client, here.metrics, prepared)
-    if not body.stream:
-        return json_response(await unless_gone(request, answer.whole(generation)))
-    frames = answer.frames(generation)
-    return EventStream(await unless_gone(request, anext(frames)), frames)
+    if body.stream:
+        return await stream(request, answer.frames(generation))
+    return json_response(await unless_gone(request, answer.whole(generation)))
 
 
 class _Answer:
