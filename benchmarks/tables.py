@@ -78,11 +78,10 @@ def lookups(ids_per_batch: int, batches: int, rows: int = 1 << 20, slots: int = 
     twin: OrderedDict[int, int] = OrderedDict()
 
     def ours(ids: np.ndarray) -> None:
-        index.begin_batch()
-        index.lookup(ids, places)
+        batch = index.begin()
+        index.lookup(batch, ids, places)
         index.misses()
-        index.commit()
-        index.end_batch()
+        index.end(batch)
 
     def ordered_dict(ids: list[int]) -> None:
         for row in ids:
@@ -105,7 +104,7 @@ def lookups(ids_per_batch: int, batches: int, rows: int = 1 << 20, slots: int = 
         1, min(batches, 4096 // (ids_per_batch - hot))
     )  # few enough rows to evict none that is hot
     for _ in range(0, batches, together):
-        recent = index.recency()
+        recent = index.ranking()
         cold = rng.permutation(
             np.setdiff1d(rng.integers(0, rows, 4 * together * (ids_per_batch - hot)), recent)
         )

@@ -66,10 +66,10 @@ class RowCache:
         bad: list[RowReadError] = []
         begin = 0
         slots = np.empty(len(ids), np.int32)
-        self.index.begin_batch()
+        batch = self.index.begin()
         try:
             while begin < len(ids):
-                count = self.index.lookup(ids[begin:], slots)
+                count = self.index.lookup(batch, ids[begin:], slots)
                 if self.index.miss_count():
                     try:
                         self._fill(source)
@@ -79,9 +79,9 @@ class RowCache:
                     yield Served(begin, slots[:count])
                 begin += count
                 if begin < len(ids):
-                    self.index.release_scratch()
+                    self.index.release_scratch(batch)
         finally:
-            self.index.end_batch()
+            self.index.end(batch)
         if bad:
             rows = sorted({row for error in bad for row in error.rows})
             raise RowReadError(bad[0].table, rows, bad[0].reason)
@@ -93,13 +93,11 @@ class RowCache:
             source.read(rows, self.arena, slots)
         except RowReadError as error:
             self.errors += len(error.rows)
-            self.index.commit(np.searchsorted(rows, np.asarray(error.rows, np.int64)))
+            self.index.drop(slots[np.searchsorted(rows, np.asarray(error.rows, np.int64))])
             raise
         except BaseException:
-            self.index.abort()  # an interrupt between lookup and read must not leave rows that were never read
+            self.index.drop(slots)  # an interrupt between lookup and read must not leave rows that were never read
             raise
-        else:
-            self.index.commit()
         finally:
             self.read_seconds += time.perf_counter() - started
 

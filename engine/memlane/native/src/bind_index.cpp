@@ -21,7 +21,7 @@ nb::ndarray<nb::numpy, T, nb::ndim<1>> to_numpy(std::vector<T> values) {
 }
 
 template <class Id>
-std::size_t lookup(RowIndex& index, Vector<const Id> ids, Vector<std::int32_t> slots) {
+std::size_t lookup(RowIndex& index, std::uint32_t batch, Vector<const Id> ids, Vector<std::int32_t> slots) {
   using U = std::make_unsigned_t<Id>;
   require(slots.shape(0) >= ids.shape(0), "slots must hold one entry for each id");
   const std::size_t count = ids.shape(0);
@@ -33,7 +33,7 @@ std::size_t lookup(RowIndex& index, Vector<const Id> ids, Vector<std::int32_t> s
     }
   }
   nb::gil_scoped_release release;
-  return index.lookup(data, count, slots.data());
+  return index.lookup(batch, data, count, slots.data());
 }
 
 nb::tuple misses(const RowIndex& index) {
@@ -96,37 +96,60 @@ RowReader* open_reader(const std::string& path, std::uint64_t offset, std::size_
   }
 }
 
+std::size_t adopt(RowIndex& index, Vector<const std::int64_t> rows, Vector<const std::int32_t> slots, bool pinned) {
+  require(rows.shape(0) == slots.shape(0), "rows and slots must be of equal length");
+  for (std::size_t i = 0; i < rows.shape(0); ++i)
+    require(static_cast<std::uint64_t>(rows.data()[i]) < index.rows(), "a row id is outside the table");
+  return index.adopt(rows.data(), slots.data(), rows.shape(0), pinned);
+}
+
+void rank_last(RowIndex& index, Vector<const std::int64_t> rows) {
+  for (std::size_t i = 0; i < rows.shape(0); ++i)
+    require(static_cast<std::uint64_t>(rows.data()[i]) < index.rows(), "a row id is outside the table");
+  index.rank_last(rows.data(), rows.shape(0));
+}
+
 }  // namespace
 
 void bind_index(nb::module_& module) {
+  module.def("cache_policies", &RowIndex::policies);
   nb::class_<RowIndex>(module, "RowIndex")
-      .def(nb::init<std::size_t, std::size_t, std::size_t>(), "rows"_a, "slots"_a, "scratch"_a)
-      .def("begin_batch", &RowIndex::begin_batch)
-      .def("lookup", &lookup<std::int32_t>, "ids"_a.noconvert(), "slots"_a.noconvert())
-      .def("lookup", &lookup<std::int64_t>, "ids"_a.noconvert(), "slots"_a.noconvert())
+      .def(nb::new_([](std::size_t rows, std::size_t slots, std::size_t scratch, const std::string& policy) {
+             return RowIndex::make(rows, slots, scratch, policy).release();
+           }),
+           "rows"_a, "slots"_a, "scratch"_a, "policy"_a = "lru")
+      .def("begin", &RowIndex::begin)
+      .def("lookup", &lookup<std::int32_t>, "batch"_a, "ids"_a.noconvert(), "slots"_a.noconvert())
+      .def("lookup", &lookup<std::int64_t>, "batch"_a, "ids"_a.noconvert(), "slots"_a.noconvert())
       .def("miss_count", [](const RowIndex& index) { return index.misses().size(); })
       .def("misses", &misses)
-      .def(
-          "commit",
-          [](RowIndex& index, Vector<const std::int64_t> failed) { index.commit(failed.data(), failed.shape(0)); },
-          "failed"_a.noconvert())
-      .def("commit", [](RowIndex& index) { index.commit(nullptr, 0); })
-      .def("abort", &RowIndex::abort)
-      .def("release_scratch", &RowIndex::release_scratch)
-      .def("end_batch", &RowIndex::end_batch)
+      .def("drop", [](RowIndex& index, Vector<const std::int32_t> slots) { index.drop(slots.data(), slots.shape(0)); },
+           "slots"_a.noconvert())
+      .def("release_scratch", &RowIndex::release_scratch, "batch"_a)
+      .def("end", &RowIndex::end, "batch"_a)
+      .def("reserve", [](RowIndex& index, std::size_t count) { return to_numpy(index.reserve(count)); }, "count"_a)
+      .def("adopt", &adopt, "rows"_a.noconvert(), "slots"_a.noconvert(), "pinned"_a = false)
+      .def("give_back",
+           [](RowIndex& index, Vector<const std::int32_t> slots) { index.give_back(slots.data(), slots.shape(0)); },
+           "slots"_a.noconvert())
       .def("contains", [](const RowIndex& index, std::size_t row) {
         if (row >= index.rows()) throw nb::index_error("row id is outside the table");
         return index.contains(row);
       }, "row"_a)
       .def("clear", &RowIndex::clear)
-      .def("recency", [](const RowIndex& index) { return to_numpy(index.recency()); })
+      .def("ranking", [](const RowIndex& index) { return to_numpy(index.ranking()); })
+      .def("rank_last", &rank_last, "rows"_a.noconvert())
       .def("check", &RowIndex::check)
       .def("counters", &counters)
       .def_prop_ro("rows", &RowIndex::rows)
       .def_prop_ro("slots", &RowIndex::slots)
       .def_prop_ro("scratch", &RowIndex::scratch)
       .def_prop_ro("used", &RowIndex::used)
-      .def_prop_ro("nbytes", &RowIndex::bytes);
+      .def_prop_ro("pinned", &RowIndex::pinned)
+      .def_prop_ro("open", &RowIndex::open)
+      .def_prop_ro("nbytes", &RowIndex::bytes)
+      .def_prop_ro("policy", &RowIndex::policy)
+      .def_prop_ro("map", &RowIndex::map);
 
   nb::class_<RowReader>(module, "RowReader")
       .def(nb::new_(&open_reader), "path"_a, "offset"_a, "stride"_a, "rows"_a, "allow_uring"_a = true,

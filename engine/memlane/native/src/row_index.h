@@ -1,38 +1,42 @@
-// Which row lies in which slot: the index of a row cache with exact LRU, and its integrity check.
+// Which row lies in which slot: the index of a row cache, under any eviction policy, and its integrity check.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
-#include "arena.h"
-
 namespace memlane {
 
-// Slots [0, slots) keep rows between batches; slots [slots, slots + scratch) hold rows of the running batch only.
+// Slots [0, slots) keep rows between batches; slots [slots, slots + scratch) hold rows of a running batch only.
 //
-//   row_slot_:  row id -> slot + 1, 0 = not here     4 bytes a row, zero pages until touched
-//   nodes_:     slot   -> row, neighbours, mark      16 bytes a slot
+//   map:     row id -> slot             4 bytes a row, or 12 to 24 a slot where that is far less (row_map.h)
+//   nodes:   slot   -> row, links, mark 16 bytes a slot
+//   policy:  which slot to give up      policy_*.h
 //
-//      recency list (a ring through `head_`):   head_ -> newest ... oldest -> head_
-//      free list (through Node::next):          free_ -> slot -> slot -> end
-//      scratch slots:                           in neither; [slots, slots + scratch_used_) are taken
+//      each slot is one of:  kept by the policy | pinned | free | reserved | dropped (free once no batch is open)
+//      each scratch slot:    free, or taken by the one batch that owns the scratch region
 //
-// A batch is: begin_batch, then lookup / commit until all its ids are served, then end_batch. Rows touched since
-// begin_batch are locked: they cannot be evicted, since the kernels are about to read them. When every slot is
-// locked the rest of the batch goes through the scratch slots, and when those are used up lookup stops short; the
-// caller uses what it has, calls release_scratch and goes on. So a batch of any size fits any cache.
+// A batch is: begin, then lookup until all its ids are served, then end. Rows touched by an open batch are locked:
+// they cannot be evicted, since the kernels are about to read them. When no slot can be had the rest of the batch goes
+// through the scratch slots, and when those are used up lookup stops short; the caller uses what it has, calls
+// release_scratch and goes on. So a batch of any size fits any cache.
 //
-// Recency within a batch: its misses are newer than its hits, each in the order of first occurrence. Not
-// thread-safe: one owner at a time.
+// Several batches may be open at once; they end in the order in which they began. While one of them is served only in
+// part, later ones are served nothing until it has ended: what they locked could be what it waits for.
+//
+// A miss has its slot at once, before its row is read: a later batch that asks for the row finds it there, on its way.
+// A row that turns out unreadable is dropped; its slot is not used again before the open batches have ended.
+//
+// Not thread-safe: one owner at a time.
 class RowIndex {
  public:
   struct Counters {
     std::uint64_t requested = 0;      // ids looked up
     std::uint64_t unique = 0;         // different rows among them, per batch (a row read twice into scratch: twice)
-    std::uint64_t hits = 0;           // ids whose row was in a slot when the batch began
-    std::uint64_t misses = 0;         // ids whose row was not
+    std::uint64_t hits = 0;           // ids whose row had a slot when the batch began
+    std::uint64_t misses = 0;         // ids whose row had none
     std::uint64_t unique_misses = 0;  // rows that had to be read
     std::uint64_t evictions = 0;
     std::uint64_t scratch_rows = 0;   // rows read into scratch slots
@@ -44,68 +48,52 @@ class RowIndex {
     std::int32_t slot;
   };
 
-  RowIndex(std::size_t rows, std::size_t slots, std::size_t scratch);
+  // Throws std::invalid_argument: sizes beyond 31 bits, or an unknown policy.
+  static std::unique_ptr<RowIndex> make(std::size_t rows, std::size_t slots, std::size_t scratch,
+                                        const std::string& policy);
+  static std::vector<std::string> policies();  // names for make(), the default first
+  virtual ~RowIndex() = default;
 
-  void begin_batch();
+  virtual std::uint32_t begin() = 0;  // the batch's name for the calls below
   // Writes the slot of each id, until ids or slots run out; returns how many ids were served (slots_out beyond them
-  // is undefined). The rows to read are in misses(), sorted by row, until commit or abort. Ids must be inside
-  // [0, rows); the first lookup of a batch must be given all of them, later ones those not yet served.
-  template <class Id>
-  std::size_t lookup(const Id* ids, std::size_t count, std::int32_t* slots_out);
-  const std::vector<Miss>& misses() const { return misses_; }
-  // The misses have been read, except those at the given positions (ascending): they leave the index.
-  void commit(const std::int64_t* failed, std::size_t count);
-  void abort() noexcept;  // nothing was read: all misses leave the index
-  void release_scratch();
-  void end_batch();
+  // is undefined). The rows to read are in misses(), ascending, until the next lookup. Ids must be inside [0, rows);
+  // the first lookup of a batch must be given all of them, later ones those not yet served.
+  virtual std::size_t lookup(std::uint32_t batch, const std::int32_t* ids, std::size_t count,
+                             std::int32_t* slots_out) = 0;
+  virtual std::size_t lookup(std::uint32_t batch, const std::int64_t* ids, std::size_t count,
+                             std::int32_t* slots_out) = 0;
+  virtual const std::vector<Miss>& misses() const = 0;
+  virtual void drop(const std::int32_t* slots, std::size_t count) = 0;  // their rows could not be read
+  virtual void release_scratch(std::uint32_t batch) = 0;
+  virtual void end(std::uint32_t batch) = 0;  // std::logic_error unless it is the oldest open one
 
-  bool contains(std::size_t row) const { return row_slot_[row] != 0; }
-  void clear();
+  // Rows brought in beside the batches, to warm the cache: reserve free slots, read rows into them, then adopt (rows
+  // that a batch brought in meanwhile are left out) or give the slots back.
+  virtual std::vector<std::int32_t> reserve(std::size_t count) = 0;
+  virtual std::size_t adopt(const std::int64_t* rows, const std::int32_t* slots, std::size_t count, bool pinned) = 0;
+  virtual void give_back(const std::int32_t* slots, std::size_t count) = 0;
 
-  std::size_t rows() const { return rows_; }
-  std::size_t slots() const { return slots_; }
-  std::size_t scratch() const { return scratch_; }
-  std::size_t used() const { return used_; }
-  std::size_t bytes() const { return row_slots_.size() + nodes_.size() * sizeof(Node); }
-  const Counters& counters() const { return counters_; }
+  virtual bool contains(std::size_t row) const = 0;
+  virtual void clear() = 0;  // std::logic_error while a batch is open
 
-  // Rows from the most to the least recently used.
-  std::vector<std::int64_t> recency() const;
+  virtual std::size_t rows() const = 0;
+  virtual std::size_t slots() const = 0;
+  virtual std::size_t scratch() const = 0;
+  virtual std::size_t used() const = 0;    // slots that hold a row, pinned ones included
+  virtual std::size_t pinned() const = 0;
+  virtual std::size_t open() const = 0;    // batches begun and not ended
+  virtual std::size_t bytes() const = 0;
+  virtual const char* policy() const = 0;
+  virtual const char* map() const = 0;     // "direct" or "hash"
+  virtual const Counters& counters() const = 0;
+
+  // Cached rows, the one that the policy would keep longest first; pinned ones before all others.
+  virtual std::vector<std::int64_t> ranking() const = 0;
+  // Makes the given rows the first to go, the last of them first of all, where they have not been used since they
+  // were adopted. Policies without an order of recency ignore it.
+  virtual void rank_last(const std::int64_t* rows, std::size_t count) = 0;
   // Empty, or the first broken invariant in words.
-  std::string check() const;
-
- private:
-  struct Node {
-    std::int32_t previous;
-    std::int32_t next;
-    std::uint32_t row;
-    std::uint32_t mark;  // batch * 2 + 1 where the row was a miss of that batch, batch * 2 where it was a hit
-  };
-
-  template <class Id>
-  void touch_hits(const Id* ids, std::size_t count, std::int32_t* slots_out);
-  std::int32_t add_miss(std::uint32_t row);  // its slot, or -1
-  std::int32_t take_slot();  // a free slot, the oldest one, a scratch slot, or -1
-  void drop(const Miss& miss) noexcept;
-  void unlink(std::int32_t slot) noexcept;
-  void push_front(std::int32_t slot) noexcept;
-  bool is_scratch(std::int32_t slot) const { return static_cast<std::size_t>(slot) >= slots_; }
-
-  std::size_t rows_;
-  std::size_t slots_;
-  std::size_t scratch_;
-  std::size_t used_ = 0;
-  std::size_t scratch_used_ = 0;
-  std::uint32_t batch_ = 0;
-  std::int32_t head_;
-  std::int32_t free_ = -1;
-  Arena row_slots_;
-  std::uint32_t* row_slot_;
-  std::vector<Node> nodes_;
-  std::vector<Miss> misses_;
-  std::vector<std::size_t> missed_;  // positions in the batch, of the running lookup
-  bool hits_touched_ = false;        // by the first lookup of the batch
-  Counters counters_;
+  virtual std::string check() const = 0;
 };
 
 }  // namespace memlane
