@@ -262,7 +262,7 @@ def misuses() -> list[tuple[type[Exception], Callable[[RowIndex], object]]]:
     return [
         (RuntimeError, lambda index: index.lookup(77, np.array([1]), one)),
         (RuntimeError, lambda index: index.end(77)),
-        (IndexError, lambda index: index.drop(one)),
+        (IndexError, lambda index: index.drop(one + 8)),
         (IndexError, lambda index: index.adopt(np.array([1]), one)),
         (ValueError, lambda index: index.adopt(np.array([10]), one)),
         (ValueError, lambda index: index.lookup(index.begin(), np.arange(5), one)),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from memlane.native import Arena, RowReader
+from memlane.native import Arena, RowReader, SlotStates
 
 OFFSET, STRIDE, ROWS = 12_345, 700, 900  # unaligned; rows straddle pages; 630 KB
 WAYS = [(True, True), (True, False), (False, True), (False, False)]
@@ -23,7 +25,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def open_reader(file: Path, way: tuple[bool, bool], **options: int) -> RowReader:
+def open_reader(file: Path, way: tuple[bool, bool], **options: Any) -> RowReader:
     uring, direct = way
     return RowReader(os.fspath(file), OFFSET, STRIDE, ROWS, allow_uring=uring, allow_direct=direct, **options)
 
@@ -40,6 +42,14 @@ class Out:
         self.arena = Arena(count * STRIDE)
         self.rows = self.arena.array().reshape(count, STRIDE)
         self.rows[:] = 0xA5
+        self.states = SlotStates(count)
+
+
+def read(reader: RowReader, rows: np.ndarray, slots: np.ndarray, out: Out) -> tuple[np.ndarray, np.ndarray]:
+    """(positions of the rows that failed, their errors); every slot's state agrees with them."""
+    positions, errors = reader.finish(reader.start(rows, slots, out.arena, out.states))
+    assert out.states.failed(slots).tolist() == positions.tolist()
+    return positions, errors
 
 
 def stored(file: Path) -> np.ndarray:
@@ -59,7 +69,7 @@ def test_reads_what_the_file_holds(reader: RowReader, file: Path) -> None:
     for rows in batches(2, 15):
         slots = rng.permutation(ROWS).astype(np.int32)[: len(rows)]
         out = Out(ROWS)
-        positions, _ = reader.read(rows, slots, out.arena)
+        positions, _ = read(reader, rows, slots, out)
         assert len(positions) == 0
         np.testing.assert_array_equal(out.rows[slots], expected[rows])
         untouched = np.setdiff1d(np.arange(ROWS), slots)
@@ -74,15 +84,15 @@ def test_reads_what_the_file_holds(reader: RowReader, file: Path) -> None:
 def test_any_depth_and_gap(file: Path, way: tuple[bool, bool], depth: int, gap: int) -> None:
     reader = open_reader(file, way, depth=depth, merge_gap=gap)
     rows, out = np.arange(0, ROWS, 7), Out(ROWS)
-    assert len(reader.read(rows, rows.astype(np.int32), out.arena)[0]) == 0
+    assert len(read(reader, rows, rows.astype(np.int32), out)[0]) == 0
     np.testing.assert_array_equal(out.rows[rows], stored(file)[rows])
 
 
 def test_neighbours_are_read_together(file: Path) -> None:
     reader = open_reader(file, (True, True))
     rows = np.arange(ROWS)
-    reader.read(rows, rows.astype(np.int32), Out(ROWS).arena)
-    assert reader.reads <= ROWS * STRIDE // (64 << 10) + 2
+    read(reader, rows, rows.astype(np.int32), Out(ROWS))
+    assert reader.reads <= ROWS * STRIDE // (512 << 10) + 2
     assert reader.bytes_read < 1.1 * ROWS * STRIDE + 65_536
 
 
@@ -93,7 +103,7 @@ def test_a_bad_block_fails_its_rows_only(file: Path, gap: int) -> None:
         reader.inject_fault(100, 102, errno.EIO, -1)
         for rows in [np.arange(ROWS), np.array([99, 100, 103]), np.array([98, 102])]:
             out = Out(ROWS)
-            positions, errors = reader.read(rows, rows.astype(np.int32), out.arena)
+            positions, errors = read(reader, rows, rows.astype(np.int32), out)
             bad = rows[positions]
             # A row is read from the start of its first page on: rows behind a bad one in its page share its fate.
             first_byte = (OFFSET + rows * STRIDE) // 4096 * 4096
@@ -104,14 +114,14 @@ def test_a_bad_block_fails_its_rows_only(file: Path, gap: int) -> None:
             np.testing.assert_array_equal(out.rows[good], stored(file)[good])
             assert (out.rows[bad] == 0xA5).all()
         reader.inject_fault(0, 0, 0, 0)
-        assert len(reader.read(np.arange(90, 110), np.arange(20, dtype=np.int32), Out(20).arena)[0]) == 0
+        assert len(read(reader, np.arange(90, 110), np.arange(20, dtype=np.int32), Out(20))[0]) == 0
 
 
 @pytest.mark.parametrize("error", [errno.EAGAIN, errno.EINTR, 0])
 def test_passing_faults_are_retried(reader: RowReader, file: Path, error: int) -> None:
     reader.inject_fault(400, 410, error, 2)
     rows, out = np.arange(300, 500), Out(200)
-    positions, _ = reader.read(rows, np.arange(200, dtype=np.int32), out.arena)
+    positions, _ = read(reader, rows, np.arange(200, dtype=np.int32), out)
     assert len(positions) == 0
     np.testing.assert_array_equal(out.rows, stored(file)[300:500])
     assert reader.retries == 2
@@ -123,14 +133,14 @@ def test_a_file_truncated_while_open(reader: RowReader, file: Path) -> None:
     os.truncate(file, OFFSET + keep * STRIDE + STRIDE // 2)
     for rows in [np.arange(ROWS), np.arange(490, 510), np.array([499, 500]), np.array([899])]:
         out = Out(ROWS)
-        positions, errors = reader.read(rows, rows.astype(np.int32), out.arena)
+        positions, errors = read(reader, rows, rows.astype(np.int32), out)
         assert rows[positions].tolist() == rows[rows >= keep].tolist()
         assert (errors == 0).all()
         good = rows[rows < keep]
         np.testing.assert_array_equal(out.rows[good], expected[good])
         assert (out.rows[rows[positions]] == 0xA5).all()
     file.write_bytes(bytes(OFFSET) + expected.tobytes())  # whole again: the next call works
-    assert len(reader.read(np.arange(ROWS), np.arange(ROWS, dtype=np.int32), Out(ROWS).arena)[0]) == 0
+    assert len(read(reader, np.arange(ROWS), np.arange(ROWS, dtype=np.int32), Out(ROWS))[0]) == 0
 
 
 def test_files_that_cannot_be_opened(tmp_path: Path, file: Path) -> None:
@@ -155,7 +165,7 @@ def test_arguments_are_checked(reader: RowReader) -> None:
         ([1], []),
     ]:
         with pytest.raises(ValueError, match=r"row|slot"):
-            reader.read(np.array(rows, np.int64), np.array(slots, np.int32), out.arena)
+            read(reader, np.array(rows, np.int64), np.array(slots, np.int32), out)
     assert (out.rows == 0xA5).all()
 
 
@@ -168,7 +178,7 @@ def test_memory_file_systems_fall_back(file: Path) -> None:
         copy.write_bytes(file.read_bytes())
         reader = open_reader(copy, (True, True))
         out = Out(ROWS)
-        assert len(reader.read(np.arange(ROWS), np.arange(ROWS, dtype=np.int32), out.arena)[0]) == 0
+        assert len(read(reader, np.arange(ROWS), np.arange(ROWS, dtype=np.int32), out)[0]) == 0
         np.testing.assert_array_equal(out.rows, stored(file))
         assert reader.backend.endswith("+direct") or "O_DIRECT" in reader.reason
     finally:
@@ -183,7 +193,10 @@ def test_rows_larger_than_a_merged_read(tmp_path: Path) -> None:
     for uring, direct in WAYS:
         reader = RowReader(os.fspath(path), 0, stride, rows, allow_uring=uring, allow_direct=direct)
         arena = Arena(rows * stride)
-        assert len(reader.read(np.arange(rows), np.arange(rows, dtype=np.int32)[::-1].copy(), arena)[0]) == 0
+        request = reader.start(
+            np.arange(rows), np.arange(rows, dtype=np.int32)[::-1].copy(), arena, SlotStates(rows)
+        )
+        assert len(reader.finish(request)[0]) == 0
         np.testing.assert_array_equal(arena.array().reshape(rows, stride)[::-1], content)
 
 
@@ -196,3 +209,79 @@ def test_the_chosen_way_is_named(file: Path) -> None:
         name in {"io_uring+direct", "io_uring+buffered", "threads+direct", "threads+buffered"}
         for name in names.values()
     )
+
+
+def test_requests_run_beside_each_other(reader: RowReader, file: Path) -> None:
+    expected, rng = stored(file), np.random.default_rng(7)
+    for _ in range(10):
+        order = rng.permutation(ROWS)
+        parts = [np.sort(part) for part in np.split(order, np.sort(rng.integers(0, ROWS, 3)))]
+        out = Out(ROWS)
+        requests = [reader.start(part, part.astype(np.int32), out.arena, out.states) for part in parts]
+        for place in rng.permutation(len(parts)).tolist():  # finished in any order
+            assert len(reader.finish(requests[place])[0]) == 0
+            np.testing.assert_array_equal(out.rows[parts[place]], expected[parts[place]])
+            assert requests[place].settled == len(parts[place])
+        assert reader.in_flight == 0
+
+
+def test_a_large_request_goes_on_by_itself(reader: RowReader, file: Path) -> None:
+    """More reads than fit in flight are kept going without anybody waiting for them."""
+    many = open_reader(file, ("uring" in reader.backend, reader.direct), depth=2, merge_gap=0)
+    rows, out = np.arange(0, ROWS, 13), Out(ROWS)
+    request = many.start(rows, rows.astype(np.int32), out.arena, out.states)
+    until = time.monotonic() + 10
+    while request.settled < len(rows) - 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert request.settled >= len(rows) - 2
+    assert len(many.finish(request)[0]) == 0
+
+
+def test_a_reader_closed_with_reads_under_way(file: Path) -> None:
+    for way in WAYS:
+        for _ in range(20):
+            reader, out = open_reader(file, way, depth=8, merge_gap=0), Out(ROWS)
+            rows = np.arange(0, ROWS, 3)
+            request = reader.start(rows, rows.astype(np.int32), out.arena, out.states)
+            del reader
+            assert request.settled <= len(rows)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_read_that_hangs_is_given_up(file: Path, way: tuple[bool, bool]) -> None:
+    reader, out = open_reader(file, way, deadline=0.2, merge_gap=0), Out(ROWS)
+    reader.inject_fault(500, 501, -1, -1)
+    rows = np.array([3, 400, 500, 501, 700])
+    request = reader.start(rows, rows.astype(np.int32), out.arena, out.states)
+    assert not reader.wait(request, 0.02)
+    started = time.monotonic()
+    positions, errors = reader.finish(request)
+    assert time.monotonic() - started < 5
+    assert rows[positions].tolist() == [500, 501]
+    assert set(errors.tolist()) == {errno.ETIMEDOUT}
+    np.testing.assert_array_equal(out.rows[[3, 400, 700]], stored(file)[[3, 400, 700]])
+    assert (out.rows[[500, 501]] == 0xA5).all()
+    assert reader.in_flight == 0
+    assert len(read(reader, np.array([5, 6]), np.array([5, 6], np.int32), out)[0]) == 0  # the others go on
+    reader.inject_fault(0, 0, 0, 0)
+    time.sleep(0.1)
+    assert (out.rows[[500, 501]] == 0xA5).all()  # what comes too late is thrown away
+    assert len(read(reader, rows, rows.astype(np.int32), out)[0]) == 0
+    np.testing.assert_array_equal(out.rows[rows], stored(file)[rows])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_reads_that_never_get_their_turn_are_given_up(file: Path, way: tuple[bool, bool]) -> None:
+    reader, out = open_reader(file, way, deadline=0.2, depth=2, merge_gap=0), Out(ROWS)
+    reader.inject_fault(0, ROWS - 1, -1, -1)
+    rows = np.arange(0, ROWS, 30)
+    positions, errors = read(reader, rows, rows.astype(np.int32), out)
+    assert len(positions) == len(rows)
+    assert set(errors.tolist()) == {errno.ETIMEDOUT}
+
+
+def test_registered_buffers_read_the_same(file: Path) -> None:
+    reader, out = open_reader(file, (True, True), fixed_buffers=True), Out(ROWS)
+    rows = np.arange(0, ROWS, 3)
+    assert len(read(reader, rows, rows.astype(np.int32), out)[0]) == 0
+    np.testing.assert_array_equal(out.rows[rows], stored(file)[rows])

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from memlane.native import cache_policies
 from memlane.tables import (
     ReferenceTable,
     RowFormat,
@@ -31,7 +35,7 @@ from memlane.tables import (
     write_table,
 )
 from memlane.tables.cache import RowCache
-from memlane.tables.source import FileSource, RamSource
+from memlane.tables.source import FileSource, RamSource, SlotMemory
 
 
 def batches(rows: int, width: int, seed: int, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -161,38 +165,171 @@ class Interrupting(RamSource):
 
     armed = True
 
-    def read(self, rows: np.ndarray, out: Any, slots: np.ndarray) -> None:
-        super().read(rows[: len(rows) // 2], out, slots[: len(rows) // 2])
+    def start(self, rows: np.ndarray, slots: np.ndarray, out: SlotMemory) -> Any:
+        super().start(rows[: len(rows) // 2], slots[: len(rows) // 2], out)
         if self.armed:
             raise KeyboardInterrupt
-        super().read(rows, out, slots)
+        return super().start(rows, slots, out)
 
 
 def test_an_interrupt_leaves_nothing_stale() -> None:
     content = np.random.default_rng(0).integers(0, 256, (50, 16), dtype=np.uint8)
-    source, cache = Interrupting(content), RowCache(50, 16, 10 * 16)
-    memory = cache.arena.array().reshape(-1, 16)
+    source = Interrupting(content)
+    cache = RowCache(50, 16, 10 * 16, source)
+    memory = cache.memory.arena.array().reshape(-1, 16)
     ids = np.arange(8)
     with pytest.raises(KeyboardInterrupt):
-        list(cache.serve(ids, source))
+        cache.begin(ids)
     cache.check_integrity()
     assert not any(cache.index.contains(row) for row in range(50))
     source.armed = False
-    for part in cache.serve(ids, source):
+    batch = cache.begin(ids)
+    for part in batch.parts():
         np.testing.assert_array_equal(
             memory[part.slots], content[ids[part.begin : part.begin + len(part.slots)]]
         )
+    batch.close()
+    cache.check_integrity()
 
 
 def test_a_caller_that_stops_early_releases_the_batch() -> None:
-    content = np.zeros((50, 16), np.uint8)
-    cache = RowCache(50, 16, 4 * 16)
-    parts = cache.serve(np.arange(50), RamSource(content))
-    next(parts)
-    parts.close()
+    cache = RowCache(50, 16, 4 * 16, RamSource(np.zeros((50, 16), np.uint8)))
+    batch = cache.begin(np.arange(50))
+    next(batch.parts())
+    batch.close()
+    batch.close()
     cache.check_integrity()
-    list(cache.serve(np.arange(50), RamSource(content)))
+    assert cache.index.open == 0
+    list(cache.begin(np.arange(50)).parts())
     cache.check_integrity()
+
+
+@pytest.mark.parametrize("slots", [0, 5, 60, 400])
+@pytest.mark.parametrize("policy", cache_policies())
+def test_lookups_under_way_at_once(
+    make_table: Any, slots: int, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two lookups open at a time, some given up, some failing: the same bits, and nothing stale."""
+    monkeypatch.setattr("memlane.tables.cache._MOST_SCRATCH_ROWS", 16)
+    layout, _ = make_table(rows=600, width=16, dtype=RowFormat.BFLOAT16)
+    host = ValueTable.open(layout, "host")
+    table = ValueTable.open(layout, "disk", slots * layout.stride, policy=policy)
+    rng = np.random.default_rng(slots)
+    under_way: list[tuple[Any, Tensor, Tensor]] = []
+    failed = 0
+    for (ids, weights, x), step in zip(batches(600, 16, 3, 200), range(200), strict=False):
+        fault = int(rng.integers(0, 590))
+        table.source.inject_fault(fault, fault + 5, errno.EIO, int(rng.random() < 0.1) * 20)
+        under_way.append((table.begin(ids), ids, weights if step % 3 else x))
+        if len(under_way) < 2:
+            continue
+        lookup, asked, given = under_way.pop(0)
+        summing = given.shape == asked.shape
+        try:
+            if step % 7 == 0:
+                lookup.close()
+            elif summing:
+                assert torch.equal(lookup.weighted_sum(given), host.weighted_sum(asked, given))
+            else:
+                assert torch.equal(lookup.dot(given), host.dot(asked, given))
+        except RowReadError as error:
+            failed += 1
+            bad = set(error.rows)
+            assert bad
+            assert bad <= set(asked.flatten().tolist())
+            hit = [i for i, row in enumerate(asked.tolist()) if bad & set(row)]
+            assert error.tokens == hit
+        table.check_integrity()
+    under_way[0][0].close()
+    table.check_integrity()
+    assert failed > 3
+    assert table.cache is not None
+    assert table.cache.index.open == 0
+    assert table.stats().in_flight == 0
+
+
+def test_a_lookup_ends_once_and_in_its_order(make_table: Any) -> None:
+    layout, values = make_table(rows=100, width=4)
+    table = ValueTable.open(layout, "disk", 2 * layout.stride)
+    lookup = table.begin(torch.arange(40)[:, None])
+    later = table.begin(torch.arange(60, 90)[:, None])
+    assert torch.equal(lookup.gather(), values[:40])
+    lookup.close()
+    with pytest.raises(TableError, match="twice"):
+        lookup.gather()
+    assert torch.equal(later.gather(), values[60:90])
+    first, second = table.begin(torch.arange(40)[:, None]), table.begin(torch.arange(60, 90)[:, None])
+    with pytest.raises(TableError, match="order"):
+        second.gather()
+    first.close()
+    table.check_integrity()
+
+
+def test_rows_are_summed_while_others_are_missing(make_table: Any) -> None:
+    """What is there is added before what is missing has come, in an order that does not depend on it."""
+    layout, _ = make_table(rows=4000, width=256)
+    table = ValueTable.open(layout, "disk", 2000 * layout.stride, deadline=20)
+    host = ValueTable.open(layout, "host")
+    ids = torch.arange(0, 3000, 100)[None].repeat(3, 1) + torch.arange(3)[:, None]
+    table.gather(ids[:, ::2].reshape(-1))
+    weights = torch.randn(ids.shape)
+    table.source.inject_fault(500, 540, -1, -1)
+    lookup = table.begin(ids)
+    result: list[Tensor] = []
+    worker = threading.Thread(target=lambda: result.append(lookup.weighted_sum(weights)))
+    worker.start()
+    time.sleep(0.2)
+    assert not result
+    table.source.inject_fault(0, 0, 0, 0)
+    worker.join(10)
+    assert torch.equal(result[0], host.weighted_sum(ids, weights))
+    stats = table.stats()
+    assert stats.stall_seconds > 0.05
+    assert stats.read_seconds >= stats.stall_seconds * 0.5
+
+
+def test_a_hanging_disk_fails_its_requests_only(make_table: Any) -> None:
+    layout, values = make_table(rows=4000, width=1024)
+    table = ValueTable.open(layout, "disk", 100 * layout.stride, deadline=0.2)
+    table.source.inject_fault(1000, 1001, -1, -1)
+    ids = torch.tensor([[1, 2], [1000, 3], [4, 5]])
+    with pytest.raises(RowReadError, match="ETIMEDOUT") as caught:
+        table.weighted_sum(ids, torch.ones(3, 2))
+    assert (caught.value.rows, caught.value.tokens) == ([1000], [1])
+    assert torch.equal(table.gather(torch.tensor([1, 5, 7])), values[[1, 5, 7]])
+    table.source.inject_fault(0, 0, 0, 0)
+    assert torch.equal(table.gather(torch.tensor([1000])), values[[1000]])
+    table.check_integrity()
+
+
+def test_a_file_replaced_while_serving(make_table: Any) -> None:
+    """The file that was opened stays the one that is read, whatever takes its name."""
+    layout, values = make_table(rows=2000, width=64)
+    table = ValueTable.open(layout, "disk", 100 * layout.stride)
+    table.gather(torch.arange(50))
+    other = layout.path.with_name("other")
+    other.write_bytes(bytes(layout.path.stat().st_size))
+    other.replace(layout.path)
+    ids = torch.arange(0, 2000, 3)
+    assert torch.equal(table.gather(ids), values[ids])
+
+
+def test_two_processes_on_one_table(make_table: Any) -> None:
+    layout, values = make_table(rows=3000, width=64)
+    torch.save(values, layout.path.with_suffix(".values"))
+    code = """
+import sys, torch
+from memlane.tables import TableLayout, ValueTable
+path, values = sys.argv[1], torch.load(sys.argv[2])
+table = ValueTable.open(TableLayout.from_safetensors(path, "values"), "disk", 1 << 16)
+for seed in range(60):
+    ids = torch.randint(0, 3000, (700,), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(table.gather(ids), values[ids])
+    table.check_integrity()
+"""
+    arguments = [sys.executable, "-c", code, str(layout.path), str(layout.path.with_suffix(".values"))]
+    both = [subprocess.Popen(arguments) for _ in range(2)]
+    assert [process.wait(60) for process in both] == [0, 0]
 
 
 def test_counts_what_it_does(make_table: Any) -> None:
@@ -222,9 +359,10 @@ def test_warming_keeps_the_hottest_rows(make_table: Any) -> None:
     table = ValueTable.open(layout, "disk", 10 * layout.stride)
     assert table.warm([7, 3, 7, *range(50, 90)]) == 10
     warmed = table.stats()
-    assert (warmed.warmed_rows, warmed.bytes_read > 0) == (10, True)
+    assert (warmed.warmed_rows, warmed.warming_rows, warmed.bytes_read > 0) == (10, 0, True)
     assert (warmed.calls, warmed.requested_rows, warmed.misses, warmed.evictions) == (0, 0, 0, 0)
     assert (warmed.unique_rows, warmed.unique_misses, warmed.stall_seconds) == (0, 0, 0.0)
+    assert table.ranking().tolist() == [7, 3, *range(50, 58)]
     before = table.stats().misses
     ids = torch.tensor([7, 3, *range(50, 58)])
     assert torch.equal(table.gather(ids), values[ids])
@@ -232,11 +370,43 @@ def test_warming_keeps_the_hottest_rows(make_table: Any) -> None:
     table.gather(torch.tensor([99]))  # evicts the row used longest ago: 7, asked for first just now
     table.gather(torch.tensor([3]))
     assert table.stats().misses == before + 1
-    table.source.inject_fault(90, 99, errno.EIO, -1)
-    assert table.warm(torch.tensor([95, 0])) < 2
     table.check_integrity()
     with pytest.raises(IndexError):
         table.warm([100])
+
+
+def test_warming_gives_way_to_requests(make_table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memlane.tables.warm._CHUNK_BYTES", 8 * 64)
+    layout, values = make_table(rows=500, width=16)
+    table = ValueTable.open(layout, "disk", 100 * layout.stride)
+    table.start_warming(np.arange(200)[::-1].copy(), pin=10)
+    rng = np.random.default_rng(0)
+    more, steps = True, 0
+    while more:
+        more = table.warm_some(0.0)
+        ids = torch.from_numpy(rng.integers(150, 260, 5))
+        lookup = table.begin(ids[:, None])
+        table.warm_some(0.0)
+        assert torch.equal(lookup.gather(), values[ids])
+        table.check_integrity()
+        steps += 1
+    stats = table.stats()
+    assert steps > 3
+    assert stats.used_slots == 100
+    assert stats.pinned_slots == 10
+    assert 20 < stats.warmed_rows < 100  # requests took the others' places
+    assert torch.equal(table.gather(torch.arange(500)), values)
+    assert table.stats().pinned_slots == 10
+
+
+def test_rows_that_cannot_be_warmed_are_left_out(make_table: Any) -> None:
+    layout, values = make_table(rows=4000, width=1024)
+    table = ValueTable.open(layout, "disk", 50 * layout.stride)
+    table.source.inject_fault(20, 21, errno.EIO, -1)
+    assert table.warm(np.arange(40)) == 38
+    table.check_integrity()
+    table.source.inject_fault(0, 0, 0, 0)
+    assert torch.equal(table.gather(torch.arange(60)), values[:60])
 
 
 def test_bad_arguments(make_table: Any, tmp_path: Path) -> None:
@@ -280,12 +450,13 @@ def test_two_threads_at_once_are_refused(make_table: Any) -> None:
     inside, go_on = threading.Event(), threading.Event()
 
     class Slow(RamSource):
-        def read(self, rows: np.ndarray, out: Any, slots: np.ndarray) -> None:
+        def start(self, rows: np.ndarray, slots: np.ndarray, out: SlotMemory) -> Any:
             inside.set()
             go_on.wait(10)
-            super().read(rows, out, slots)
+            return super().start(rows, slots, out)
 
-    table._source = Slow(np.zeros((10, layout.stride), np.uint8))  # type: ignore[assignment]
+    assert table.cache is not None
+    table.cache.source = Slow(np.zeros((10, layout.stride), np.uint8))
     worker = threading.Thread(target=table.gather, args=(torch.tensor([1]),))
     worker.start()
     assert inside.wait(10)

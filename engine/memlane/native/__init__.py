@@ -8,9 +8,11 @@ from torch import Tensor
 from memlane.native import _core
 from memlane.native._core import (
     Arena,
+    ReadRequest,
     RowIndex,
     RowReader,
     RowView,
+    SlotStates,
     cache_policies,
     force_kernel_variant,
     get_threads,
@@ -21,9 +23,11 @@ from memlane.native._core import (
 
 __all__ = [
     "Arena",
+    "ReadRequest",
     "RowIndex",
     "RowReader",
     "RowView",
+    "SlotStates",
     "cache_policies",
     "force_kernel_variant",
     "get_threads",

@@ -1,4 +1,4 @@
-"""Rows kept in RAM between batches: a byte budget of slots with exact LRU, and a scratch region for what does not fit.
+"""Rows kept in RAM between batches: a byte budget of slots under a policy, and a scratch region for what does not fit.
 
     arena   | slot 0 | slot 1 | ... | slot S-1 | scratch 0 | ... | scratch C-1 |
             |<------- cache_bytes ------------>|<-- of the running batch only ->|
@@ -8,18 +8,18 @@ It does not know what a row means, nor what is computed from it.
 
 from __future__ import annotations
 
-import time
+from collections import deque
 from collections.abc import Generator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memlane.native import Arena, RowIndex
-from memlane.tables.errors import RowReadError
-from memlane.tables.source import RowSource
+from memlane.native import RowIndex
+from memlane.tables.errors import RowReadError, TableError
+from memlane.tables.source import Read, RowSource, SlotMemory
 
-__all__ = ["RowCache", "Served"]
+__all__ = ["CacheBatch", "Ids", "Part", "RowCache"]
 
 _SCRATCH_BYTES = 8 << 20
 _MOST_SCRATCH_ROWS = 16_384
@@ -27,25 +27,37 @@ _MOST_SCRATCH_ROWS = 16_384
 Ids = NDArray[np.int32] | NDArray[np.int64]
 
 
-class Served(NamedTuple):
-    """Part of a batch whose rows lie in slots now: ids [begin, begin + len(slots)) of the flat batch."""
+class Part(NamedTuple):
+    """Ids [begin, begin + len(slots)) of a flat batch, and where their rows lie, or will once `read` has brought them.
+
+    read: None where nothing of this part is missing.
+    """
 
     begin: int
     slots: NDArray[np.int32]
+    read: Read | None
 
 
 class RowCache:
-    """Slots for rows of one table, filled from a source. One thread at a time; not reentrant."""
+    """Slots for rows of one table, filled from a source. One thread at a time.
 
-    def __init__(self, rows: int, stride: int, cache_bytes: int) -> None:
+    Several batches may be under way: each takes its slots and starts its reads when it begins, and they end in the
+    order in which they began. Rows of a batch cannot be evicted while it is under way.
+    """
+
+    def __init__(self, rows: int, stride: int, cache_bytes: int, source: RowSource, policy: str = "lru") -> None:
         """A cache of as many rows as fit cache_bytes (none is possible: every row then goes through scratch)."""
         slots = min(rows, max(0, cache_bytes) // stride)
         scratch = 0 if slots == rows else min(rows, _MOST_SCRATCH_ROWS, max(1, _SCRATCH_BYTES // stride))
-        self.index = RowIndex(rows, slots, scratch)
-        self.arena = Arena((slots + scratch) * stride)
+        self.index = RowIndex(rows, slots, scratch, policy)
+        self.memory = SlotMemory.of(slots + scratch, stride)
+        self.source = source
         self.stride = stride
         self.read_seconds = 0.0
+        self.stall_seconds = 0.0
         self.errors = 0
+        self.last_reason = ""  # of the latest failure
+        self._under_way: deque[CacheBatch] = deque()
 
     @property
     def slots(self) -> int:
@@ -55,53 +67,107 @@ class RowCache:
     def scratch_bytes(self) -> int:
         return self.index.scratch * self.stride
 
-    def serve(self, ids: Ids, source: RowSource) -> Generator[Served]:
-        """Brings the rows of a flat batch into slots, part by part; each part's slots hold until the next is asked for.
+    def begin(self, ids: Ids) -> CacheBatch:
+        """Takes slots for a flat batch of ids and starts the reads of missing rows.
 
-        Usually one part; more when the batch needs more rows than there are slots. The rows of a batch cannot be
-        evicted while it runs. IndexError for an id outside the table, before anything is read. RowReadError after
-        all parts have been tried, naming every bad row; parts after the first bad row are not handed out. Whatever
-        ends the batch, no slot keeps a row that was not read in full.
+        IndexError for an id outside the table, before anything is read.
         """
-        bad: list[RowReadError] = []
-        begin = 0
-        slots = np.empty(len(ids), np.int32)
-        batch = self.index.begin()
+        batch = CacheBatch(self, ids)
+        self._under_way.append(batch)
         try:
-            while begin < len(ids):
-                count = self.index.lookup(batch, ids[begin:], slots)
-                if self.index.miss_count():
-                    try:
-                        self._fill(source)
-                    except RowReadError as error:
-                        bad.append(error)
-                if not bad:
-                    yield Served(begin, slots[:count])
-                begin += count
-                if begin < len(ids):
-                    self.index.release_scratch(batch)
-        finally:
-            self.index.end(batch)
-        if bad:
-            rows = sorted({row for error in bad for row in error.rows})
-            raise RowReadError(bad[0].table, rows, bad[0].reason)
-
-    def _fill(self, source: RowSource) -> None:
-        rows, slots = self.index.misses()
-        started = time.perf_counter()
-        try:
-            source.read(rows, self.arena, slots)
-        except RowReadError as error:
-            self.errors += len(error.rows)
-            self.index.drop(slots[np.searchsorted(rows, np.asarray(error.rows, np.int64))])
-            raise
+            batch.start()
         except BaseException:
-            self.index.drop(slots)  # an interrupt between lookup and read must not leave rows that were never read
+            batch.close()
             raise
-        finally:
-            self.read_seconds += time.perf_counter() - started
+        return batch
+
+    def retire(self) -> None:
+        """Ends, in their order, the batches that have been closed."""
+        while self._under_way and self._under_way[0].closed:
+            self.index.end(self._under_way.popleft().number)
 
     def check_integrity(self) -> None:
         """Walks the whole index; AssertionError with the broken invariant. Slow: for tests and after faults."""
         fault = self.index.check()
         assert not fault, fault
+        assert self.index.open == len(self._under_way), "index and cache disagree on the batches under way"
+
+
+class CacheBatch:
+    """A batch of ids on its way through a cache: begun by RowCache.begin, gone through by `parts`, ended by `close`."""
+
+    def __init__(self, cache: RowCache, ids: Ids) -> None:
+        self.number = cache.index.begin()
+        self.closed = False
+        self._cache, self._ids = cache, ids
+        self._slots = np.empty(len(ids), np.int32)
+        self._part: Part | None = None
+        self._served = 0  # ids that have had their part
+        self._bad: list[int] = []
+
+    def start(self) -> None:
+        """Looks up what is not yet served and starts reading; as many ids as there are slots for, perhaps none."""
+        index, cache, begin = self._cache.index, self._cache, self._served
+        read = None
+        try:
+            count = index.lookup(self.number, self._ids[begin:], self._slots)
+            if index.miss_count():
+                rows, slots = index.misses()
+                read = cache.source.start(rows, slots, cache.memory)
+        except BaseException:
+            if read is None:  # interrupted before the reads began: the rows must not count as cached
+                index.drop(index.misses()[1])
+            raise
+        self._served += count
+        self._part = Part(begin, self._slots[:count], read)
+
+    def parts(self) -> Generator[Part]:
+        """The parts of the batch, one after the other; each part's slots hold until the next is asked for.
+
+        Usually one part; more when the batch needs more rows than there are slots. Parts after the first bad row are
+        read, to name every bad row, but not handed out.
+        """
+        while True:
+            part = self._part
+            assert part is not None
+            if len(part.slots):
+                if not self._bad:
+                    yield part
+                self._finish(part)
+            if self._served == len(self._ids):
+                return
+            self._cache.index.release_scratch(self.number)
+            self.start()
+            if not len(self._part.slots):
+                raise TableError("lookups of a table must end in the order in which they began")
+
+    def _finish(self, part: Part) -> None:
+        """Waits for the part's reads; rows that could not be read leave the index."""
+        cache = self._cache
+        self._part = part._replace(read=None)
+        if part.read is not None:
+            try:
+                part.read.finish()
+            except RowReadError as error:
+                cache.errors += len(error.rows)
+                cache.last_reason = error.reason
+            finally:
+                cache.read_seconds += part.read.seconds
+        # Also what an earlier batch failed to read while this one counted on it.
+        lost = cache.memory.states.failed(part.slots)
+        if len(lost):
+            cache.index.drop(part.slots[lost])
+            self._bad += self._ids[part.begin + lost].tolist()
+
+    def bad_rows(self) -> list[int]:
+        """Rows that could not be read so far, ascending."""
+        return sorted(set(self._bad))
+
+    def close(self) -> None:
+        """Gives the slots free for eviction; waits for reads that are still under way. Idempotent."""
+        if self.closed:
+            return
+        if self._part is not None and self._part.read is not None:
+            self._finish(self._part)
+        self.closed = True
+        self._cache.retire()

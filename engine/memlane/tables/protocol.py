@@ -6,7 +6,20 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Table"]
+__all__ = ["Lookup", "Table"]
+
+
+class Lookup(Protocol):
+    """Rows that were asked for. One of weighted_sum and dot, each of which waits for what is missing, or close ends it."""
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """weights fp32 [tokens, k] -> sum over k of weights * rows, fp32 [tokens, width]."""
+
+    def dot(self, x: Tensor) -> Tensor:
+        """x fp32 [tokens, width] -> inner products of each row with its token's x, fp32 [tokens, k]."""
+
+    def close(self) -> None:
+        """Gives the lookup up; nothing where it has ended. Idempotent."""
 
 
 @runtime_checkable
@@ -28,6 +41,9 @@ class Table(Protocol):
     @property
     def width(self) -> int:
         """Numbers in a row."""
+
+    def begin(self, ids: Tensor) -> Lookup:
+        """ids [tokens, k]: starts whatever reads they need and returns without waiting. Lookups end in their order."""
 
     def weighted_sum(self, ids: Tensor, weights: Tensor) -> Tensor:
         """ids [tokens, k], weights fp32 [tokens, k] -> sum over k of weights * rows, fp32 [tokens, width]."""

@@ -53,6 +53,10 @@ class ReferenceTable(nn.Module):
     def width(self) -> int:
         return self.weight.shape[1]
 
+    def begin(self, ids: Tensor) -> ReferenceLookup:
+        """ids [tokens, k]; nothing is to be waited for."""
+        return ReferenceLookup(self, ids)
+
     def weighted_sum(self, ids: Tensor, weights: Tensor) -> Tensor:
         """ids [tokens, k], weights fp32 [tokens, k] -> fp32 [tokens, width]."""
         if ids.numel() == 0:
@@ -72,3 +76,19 @@ class ReferenceTable(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rows={self.rows}, width={self.width}, name={self.name!r}"
+
+
+class ReferenceLookup:
+    """Ids of a ReferenceTable that were asked for; see `memlane.tables.protocol.Lookup`."""
+
+    def __init__(self, table: ReferenceTable, ids: Tensor) -> None:
+        self._table, self._ids = table, ids
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return self._table.weighted_sum(self._ids, weights)
+
+    def dot(self, x: Tensor) -> Tensor:
+        return self._table.dot(self._ids, x)
+
+    def close(self) -> None:
+        """Nothing to give back."""

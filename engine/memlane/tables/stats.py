@@ -15,6 +15,7 @@ class TableStats:
     placement: str  # what was asked for: "host" or "disk"
     tier: str  # where misses are read from: "host" (never missed) or "disk"
     backend: str  # how: "ram", "io_uring+direct", "threads+buffered", ...
+    policy: str  # which rows the cache gives up: "lru", ...; "" where there is none
 
     calls: int
     requested_rows: int  # ids asked for
@@ -28,16 +29,20 @@ class TableStats:
     bytes_read: int
     reads: int  # read operations, neighbouring rows merged into one
     retries: int  # reads repeated after a short read or EAGAIN
-    read_seconds: float  # time spent in reads
-    stall_seconds: float  # time in which a batch waited for reads
+    read_seconds: float  # from the start to the end of each batch's reads, summed; computing may go on meanwhile
+    stall_seconds: float  # time in which a batch could do nothing but wait for reads
     errors: int  # rows that could not be read
+    corrupt_pages: int  # pages whose bytes did not match their checksum
 
     in_flight: int  # reads in flight now
+    warming_rows: int  # rows that are still to be read to warm the cache
     cache_slots: int
     used_slots: int
+    pinned_slots: int  # of the used ones, those that are never evicted
     row_bytes: int
     capacity_bytes: int  # budget of the cache, or the whole table where it lies in RAM
-    resident_bytes: int  # rows held now, with index, scratch and read buffers
+    resident_bytes: int  # rows held now, with index, scratch, read buffers and checksums
+    page_cache_bytes: int  # of the table's file, in the system's page cache; -1 where unknown
 
     @property
     def hit_rate(self) -> float:

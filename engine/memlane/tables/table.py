@@ -1,9 +1,9 @@
 """A value table that is read: rows in RAM, or on disk behind a cache. Results do not depend on which.
 
-weighted_sum(ids, weights)
+weighted_sum(ids, weights) = begin(ids).weighted_sum(weights)
   host   ids ------------------------------------> kernel over the whole table in RAM
-  disk   ids -> RowCache: hit -> slot              kernel over the slots, in the order of the ids
-                          miss -> FileSource.read -> slot
+  disk   ids -> RowCache: hit -> slot              kernel over the slots, in the order of the ids,
+                          miss -> slot, read begins       each token as far as its rows have come
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -21,12 +20,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memlane.native import Arena, RowView
+from memlane.native import RowView, SlotStates
 from memlane.tables.cache import Ids, RowCache
-from memlane.tables.errors import RowReadError, TableError
+from memlane.tables.errors import TableError
 from memlane.tables.layout import TableLayout
-from memlane.tables.source import FileIO, FileSource
+from memlane.tables.lookup import TableLookup
+from memlane.tables.source import DEADLINE, MERGE_GAP, FileIO, FileSource, SlotMemory
 from memlane.tables.stats import TableStats
+from memlane.tables.warm import Warmer
 
 __all__ = ["Placement", "ValueTable"]
 
@@ -35,30 +36,33 @@ logger = logging.getLogger(__name__)
 Placement = Literal["host", "disk"]
 
 _LOAD_BYTES = 64 << 20  # read at once while a table is loaded into RAM
-_WARM_ROWS = 65_536
 
 
 class ValueTable:
     """A table opened for reading. Used by one thread at a time (TableError otherwise); stats() by any.
 
     Sums and products are taken in fp32, in the order k = 0..K-1, and are bit-identical whatever the placement, the
-    cache's size and state, the batch, the number of threads and the processor's instruction set (NaNs in rows aside).
+    cache's size, policy and state, the batch, the number of threads and the processor's instruction set (NaNs in rows
+    aside).
+
+    recorder: called with the flat ids of each lookup, if set.
     """
 
     def __init__(
-        self, layout: TableLayout, source: FileSource, cache: RowCache | None, arena: Arena, count: int
+        self, layout: TableLayout, source: FileSource, cache: RowCache | None, memory: SlotMemory, count: int
     ) -> None:
         """Use ValueTable.open."""
+        self.recorder: Callable[[Ids], None] | None = None
         self._layout = layout
         self._source = source
-        self._cache = cache
-        self._arena = arena
-        self._view: RowView | None = RowView(arena, 0, count, layout.dtype.code, layout.width)
+        self.cache = cache
+        self._memory = memory
+        self._view: RowView | None = RowView(memory.arena, 0, count, layout.dtype.code, layout.width)
         self._busy = threading.Lock()
         self._calls = 0
         self._requested = 0
-        self._warming: Counter[str] = Counter()  # what warm() made the cache count: no request asked for it
-        self._warming_seconds = 0.0
+        self._warmer: Warmer | None = None
+        self._warmed = 0
         self._backend = "ram" if cache is None else source.backend
 
     @classmethod
@@ -68,31 +72,41 @@ class ValueTable:
         placement: Placement = "disk",
         cache_bytes: int = 64 << 20,
         *,
+        policy: str = "lru",
         io: FileIO = "auto",
         allow_uring: bool = True,
+        merge_gap: int = MERGE_GAP,
+        deadline: float = DEADLINE,
+        verify: bool = True,
     ) -> ValueTable:
         """Opens a table; "host" reads all of it into RAM now, "disk" keeps cache_bytes of its rows at most.
 
+        policy: which rows the cache gives up, one of `memlane.native.cache_policies()`. The rest as FileSource has it.
         Raises OSError (no such file), TableFormatError (the file is too short), TableError, and for "host"
         RowReadError (part of it cannot be read) and MemoryError.
         """
         if placement not in ("host", "disk"):
             raise ValueError(f"placement must be 'host' or 'disk', not {placement!r}")
-        source = FileSource(layout, io=io, allow_uring=allow_uring)
+        source = FileSource(
+            layout, io=io, allow_uring=allow_uring, merge_gap=merge_gap, deadline=deadline, verify=verify
+        )
         if placement == "host":
-            arena = _load(layout, source)
+            memory = _load(layout, source)
             source.close()
-            return cls(layout, source, None, arena, layout.rows)
-        cache = RowCache(layout.rows, layout.stride, cache_bytes)
+            return cls(layout, source, None, memory, layout.rows)
+        cache = RowCache(layout.rows, layout.stride, cache_bytes, source, policy)
         share = cache.slots / layout.rows if layout.rows else 1.0
         logger.info(
-            "table %s: %d of %d rows (%.1f %%) fit the cache",
+            "table %s: %d of %d rows (%.1f %%) fit the cache (%s, %s index of %.1f MiB)",
             layout.name,
             cache.slots,
             layout.rows,
             100 * share,
+            cache.index.policy,
+            cache.index.map,
+            cache.index.nbytes / 2**20,
         )
-        return cls(layout, source, cache, cache.arena, cache.slots + cache.index.scratch)
+        return cls(layout, source, cache, cache.memory, cache.slots + cache.index.scratch)
 
     @property
     def name(self) -> str:
@@ -116,102 +130,113 @@ class ValueTable:
         return self._source
 
     @property
+    def states(self) -> SlotStates:
+        """Which slots' rows have come."""
+        return self._memory.states
+
+    @property
     def placement(self) -> Placement:
-        return "host" if self._cache is None else "disk"
+        return "host" if self.cache is None else "disk"
+
+    def begin(self, ids: Tensor) -> TableLookup:
+        """ids int32 or int64 [tokens, k]: looks them up, starts the reads of missing rows, and does not wait for them.
+
+        The result's weighted_sum, dot, gather or wait ends the lookup, its close gives it up. Lookups end in the order
+        in which they began. IndexError: an id outside the table; nothing is read then.
+        """
+        flat = _ids(ids, 2)
+        with self.busy() as view:
+            if self.recorder is not None:
+                self.recorder(flat)
+            if self.cache is not None:
+                return TableLookup(self, flat, *ids.shape, self.cache.begin(flat))
+            view.check(flat)
+            return TableLookup(self, flat, *ids.shape, None)
 
     def weighted_sum(self, ids: Tensor, weights: Tensor) -> Tensor:
         """ids int32 or int64 [tokens, k], weights fp32 [tokens, k] -> fp32 [tokens, width], on the CPU.
 
         IndexError: an id outside the table. RowReadError: rows could not be read; names rows and tokens.
         """
-        flat = _ids(ids, 2)
-        given = _floats(weights, "weights")
-        if weights.shape != ids.shape:
-            raise ValueError(f"weights are {list(weights.shape)}, ids {list(ids.shape)}")
-        out = (
-            torch.zeros(ids.shape[0], self.width)
-            if ids.shape[1] == 0
-            else torch.empty(ids.shape[0], self.width)
-        )
-        with self._batch(flat, ids.shape[1]) as (view, parts):
-            for begin, slots in parts:
-                view.weighted_sum(slots, given, out.numpy(), begin)
-        return out
+        return self._once(ids, lambda lookup: lookup.weighted_sum(weights))
 
     def dot(self, ids: Tensor, x: Tensor) -> Tensor:
         """ids int32 or int64 [tokens, k], x fp32 [tokens, width] -> fp32 [tokens, k]: each row with its token's x."""
-        flat = _ids(ids, 2)
-        given = _floats(x, "x")
-        if x.shape != (ids.shape[0], self.width):
-            raise ValueError(f"x is {list(x.shape)}, expected {[ids.shape[0], self.width]}")
-        out = torch.empty(ids.shape, dtype=torch.float32)
-        with self._batch(flat, ids.shape[1]) as (view, parts):
-            for begin, slots in parts:
-                view.dot(slots, given, out.numpy(), begin)
-        return out
+        return self._once(ids, lambda lookup: lookup.dot(x))
 
     def gather(self, ids: Tensor) -> Tensor:
         """ids int32 or int64 [n] -> the rows as fp32 [n, width]."""
-        flat = _ids(ids, 1)
-        out = torch.empty(ids.shape[0], self.width)
-        with self._batch(flat, 1) as (view, parts):
-            for begin, slots in parts:
-                view.gather(slots, out.numpy()[begin : begin + len(slots)])
-        return out
+        if ids.dim() != 1:
+            raise ValueError(f"ids must have 1 dimension, not shape {list(ids.shape)}")
+        return self._once(ids[:, None], lambda lookup: lookup.gather())
+
+    def _once(self, ids: Tensor, end: Callable[[TableLookup], Tensor]) -> Tensor:
+        lookup = self.begin(ids)
+        try:
+            return end(lookup)
+        finally:
+            lookup.close()
 
     @contextmanager
-    def _batch(self, flat: Ids, k: int) -> Iterator[tuple[RowView, Iterator[tuple[int, Ids]]]]:
-        """The rows' memory and, part by part, where in it the batch's rows lie. Names the tokens a bad row hits."""
+    def busy(self) -> Iterator[RowView]:
+        """Holds the table for one thread. TableError where another has it, or where it is closed."""
         if not self._busy.acquire(blocking=False):
             raise TableError(f"table {self.name!r} is used by two threads at once")
         try:
             if self._view is None:
                 raise TableError(f"table {self.name!r} is closed")
-            if self._cache is None:
-                yield self._view, iter([(0, flat)] if len(flat) else [])
-            else:
-                with closing(self._cache.serve(flat, self._source)) as parts:
-                    yield self._view, parts
-            self._calls += 1
-            self._requested += len(flat)
-        except RowReadError as error:
-            tokens = np.unique(np.flatnonzero(np.isin(flat, error.rows)) // k)
-            raise RowReadError(error.table, error.rows, error.reason, tokens.tolist()) from None
+            yield self._view
         finally:
             self._busy.release()
 
-    def warm(self, row_ids: Sequence[int] | NDArray[np.int64] | Tensor) -> int:
-        """Reads rows into the cache, hottest first, as many as it holds; returns how many of them are cached now.
+    def count(self, ids: int) -> None:
+        """A lookup of so many ids was answered."""
+        self._calls += 1
+        self._requested += ids
 
-        The first ids become the most recently used. Rows that cannot be read are logged and left out. On "host"
-        nothing is to be done. It counts as reads and as warmed_rows, never as requests or misses: a hit rate is
-        about what was asked for. IndexError: an id outside the table.
+    def warm(self, row_ids: Sequence[int] | NDArray[np.int64] | Tensor) -> int:
+        """Reads rows into free slots now, hottest first, as many as there are; returns how many rows are cached then.
+
+        On "host" nothing is to be done. IndexError: an id outside the table.
+        """
+        self.start_warming(row_ids)
+        while self.warm_some(1.0):
+            pass
+        return self.rows if self.cache is None else self.cache.index.used
+
+    def start_warming(self, row_ids: Sequence[int] | NDArray[np.int64] | Tensor, pin: int = 0) -> None:
+        """Gets ready to read rows into free slots, bit by bit, by `warm_some`. row_ids: hottest first.
+
+        pin: the first so many stay for good. Warming counts as reads and as warmed_rows, never as requests or misses:
+        a hit rate is about what was asked for. IndexError: an id outside the table.
         """
         ids = np.asarray(row_ids, dtype=np.int64).reshape(-1)
-        if self._cache is None:
-            return len(ids)
-        _, first = np.unique(ids, return_index=True)
-        ids = ids[np.sort(first)][: self._cache.slots]
-        calls, requested, seconds = self._calls, self._requested, self._cache.read_seconds
-        before = Counter(self._cache.index.counters())
-        try:
-            for end in range(len(ids), 0, -_WARM_ROWS):
-                part = np.ascontiguousarray(ids[max(0, end - _WARM_ROWS) : end][::-1])
-                try:
-                    with self._batch(part, 1) as (_, parts):
-                        for _ in parts:
-                            pass
-                except RowReadError as error:
-                    logger.warning("warming: %s", error)
-        finally:
-            self._calls, self._requested = calls, requested
-            self._warming += Counter(self._cache.index.counters()) - before
-            self._warming_seconds += self._cache.read_seconds - seconds
-        return sum(map(self._cache.index.contains, ids.tolist()))
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.rows:
+            raise IndexError(f"a row id is outside [0, {self.rows})")
+        if self.cache is not None:
+            self._warmer = Warmer(self.name, self.cache, ids, pin)
+
+    def warm_some(self, patience: float = 0.0) -> bool:
+        """Goes on with warming, waiting at most `patience` seconds for reads; whether there is more to do."""
+        if self._warmer is None:
+            return False
+        with self.busy():
+            before = self._warmer.warmed
+            more = self._warmer.advance(patience)
+            self._warmed += self._warmer.warmed - before
+            if not more:
+                self._warmer = None
+        return more
+
+    def ranking(self) -> NDArray[np.int64]:
+        """Cached rows, the one to be kept longest first, as start_warming takes them. Empty on "host"."""
+        with self.busy():
+            return np.empty(0, np.int64) if self.cache is None else self.cache.index.ranking()
 
     def stats(self) -> TableStats:
         """A snapshot of the counters; cheap, from any thread. Stays readable after close."""
-        cache, layout, source = self._cache, self._layout, self._source
+        cache, layout, source = self.cache, self._layout, self._source
+        warmer = self._warmer
         if cache is None:
             counters = dict.fromkeys(
                 ("unique_rows", "misses", "unique_misses", "evictions", "scratch_rows"), 0
@@ -219,60 +244,73 @@ class ValueTable:
             counters |= {"requested_rows": self._requested, "hits": self._requested}
             resident = layout.nbytes if self._view is not None else 0
         else:
-            counted = Counter(cache.index.counters())
-            counted.subtract(self._warming)
-            counters = dict(counted)
+            counters = cache.index.counters()
             resident = (
                 cache.index.used * layout.stride
                 + cache.scratch_bytes
                 + cache.index.nbytes
-                + source.scratch_bytes
+                + len(cache.memory.states)
+                + source.buffer_bytes
             )
-        read_seconds = 0.0 if cache is None else cache.read_seconds
         return TableStats(
             name=layout.name,
             placement=self.placement,
             tier=self.placement,
             backend=self._backend,
+            policy="" if cache is None else cache.index.policy,
             calls=self._calls,
             **counters,
             bytes_read=source.bytes_read,
             reads=source.reads,
             retries=source.retries,
-            read_seconds=read_seconds,
-            stall_seconds=read_seconds - self._warming_seconds,  # nothing else is done meanwhile
-            warmed_rows=self._warming["unique_misses"],
+            read_seconds=0.0 if cache is None else cache.read_seconds,
+            stall_seconds=0.0 if cache is None else cache.stall_seconds,
+            warmed_rows=self._warmed,
             errors=0 if cache is None else cache.errors,
+            corrupt_pages=source.corrupt_pages,
             in_flight=source.in_flight,
+            warming_rows=0 if warmer is None else warmer.left,
             cache_slots=layout.rows if cache is None else cache.slots,
             used_slots=layout.rows if cache is None else cache.index.used,
+            pinned_slots=0 if cache is None else cache.index.pinned,
             row_bytes=layout.stride,
             capacity_bytes=layout.nbytes if cache is None else cache.slots * layout.stride,
             resident_bytes=resident,
+            page_cache_bytes=source.page_cache_bytes,
         )
 
     def check_integrity(self) -> None:
         """AssertionError if the cache contradicts itself. Walks everything: for tests, and when idle after faults."""
-        if self._cache is not None:
-            self._cache.check_integrity()
+        if self.cache is not None:
+            self.cache.check_integrity()
 
     def close(self) -> None:
         """Gives the file and the memory back; later calls raise TableError. Idempotent; not while a call runs."""
         self._source.close()
         self._view = None
-        self._arena = Arena(0)
+        self._warmer = None
+        self._memory = SlotMemory.of(0, 1)
+        if self.cache is not None:
+            self.cache.memory = self._memory
 
 
-def _load(layout: TableLayout, source: FileSource) -> Arena:
+def _load(layout: TableLayout, source: FileSource) -> SlotMemory:
+    """The whole table, read piece by piece, the next piece while the last is being finished."""
     started = time.perf_counter()
-    arena = Arena(layout.nbytes)
+    memory = SlotMemory.of(layout.rows, layout.stride)
     step = max(1, _LOAD_BYTES // layout.stride)
+    before = None
     for begin in range(0, layout.rows, step):
         rows = np.arange(begin, min(begin + step, layout.rows), dtype=np.int64)
-        source.read(rows, arena, rows.astype(np.int32))
+        read = source.start(rows, rows.astype(np.int32), memory)
+        if before is not None:
+            before.finish()
+        before = read
+    if before is not None:
+        before.finish()
     seconds = time.perf_counter() - started
     logger.info("table %s: %.1f MiB loaded into RAM in %.2f s", layout.name, layout.nbytes / 2**20, seconds)
-    return arena
+    return memory
 
 
 def _ids(ids: Tensor, dim: int) -> Ids:
@@ -282,12 +320,3 @@ def _ids(ids: Tensor, dim: int) -> Ids:
         raise ValueError(f"ids must have {dim} dimension(s), not shape {list(ids.shape)}")
     flat: Ids = ids.contiguous().numpy().reshape(-1)
     return flat
-
-
-def _floats(values: Tensor, what: str) -> NDArray[np.float32]:
-    if values.dtype != torch.float32 or values.device.type != "cpu":
-        raise TypeError(f"{what} must be fp32 on the CPU, not {values.dtype} on {values.device}")
-    if values.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"{what} require a gradient; a ValueTable has none (train on a ReferenceTable)")
-    array: NDArray[np.float32] = values.detach().contiguous().numpy()
-    return array

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 namespace memlane {
 
@@ -11,17 +12,16 @@ namespace memlane {
 class Arena {
  public:
   explicit Arena(std::size_t bytes);
-  ~Arena();
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
   std::uint8_t* data() const { return data_; }
   std::size_t size() const { return size_; }
+  std::shared_ptr<const void> lease() const { return mapping_; }  // the memory stays while this lives
   bool contains(std::size_t offset, std::size_t bytes) const { return offset <= size_ && bytes <= size_ - offset; }
 
  private:
-  void* mapping_ = nullptr;
-  std::size_t mapped_ = 0;
+  std::shared_ptr<void> mapping_;
   std::uint8_t* data_ = nullptr;
   std::size_t size_ = 0;
 };

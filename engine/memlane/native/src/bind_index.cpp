@@ -1,24 +1,14 @@
-// Bindings of the row index and the row reader.
+// Bindings of the row index.
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <system_error>
-
 #include "bindings.h"
 #include "row_index.h"
-#include "row_reader.h"
 
 using namespace memlane;
 using namespace nb::literals;
 
 namespace {
-
-template <class T>
-nb::ndarray<nb::numpy, T, nb::ndim<1>> to_numpy(std::vector<T> values) {
-  auto* data = new std::vector<T>(std::move(values));
-  nb::capsule owner(data, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
-  return {data->data(), {data->size()}, owner};
-}
 
 template <class Id>
 std::size_t lookup(RowIndex& index, std::uint32_t batch, Vector<const Id> ids, Vector<std::int32_t> slots) {
@@ -59,41 +49,6 @@ nb::dict counters(const RowIndex& index) {
   d["evictions"] = c.evictions;
   d["scratch_rows"] = c.scratch_rows;
   return d;
-}
-
-nb::tuple read_rows(RowReader& reader, Vector<const std::int64_t> rows, Vector<const std::int32_t> slots, Arena& arena) {
-  const std::size_t count = rows.shape(0);
-  require(slots.shape(0) == count, "rows and slots must be of equal length");
-  const std::size_t capacity = arena.size() / reader.stride();
-  for (std::size_t i = 0; i < count; ++i) {
-    const auto row = static_cast<std::uint64_t>(rows.data()[i]);
-    require(row < reader.rows(), "a row id is outside the table");
-    require(i == 0 || rows.data()[i - 1] < rows.data()[i], "rows must be ascending and unique");
-    require(static_cast<std::uint32_t>(slots.data()[i]) < capacity, "a slot lies outside the arena");
-  }
-  std::vector<RowReader::Failure> failures;
-  {
-    nb::gil_scoped_release release;
-    failures = reader.read(rows.data(), slots.data(), count, arena.data());
-  }
-  std::vector<std::int64_t> positions;
-  std::vector<std::int32_t> errors;
-  for (const auto& failure : failures) {
-    positions.push_back(failure.position);
-    errors.push_back(failure.error);
-  }
-  return nb::make_tuple(to_numpy(std::move(positions)), to_numpy(std::move(errors)));
-}
-
-RowReader* open_reader(const std::string& path, std::uint64_t offset, std::size_t stride, std::size_t rows,
-                       bool allow_uring, bool allow_direct, unsigned depth, std::size_t merge_gap) {
-  try {
-    return new RowReader({path, offset, stride, rows, allow_uring, allow_direct, depth, merge_gap});
-  } catch (const std::system_error& error) {
-    errno = error.code().value();
-    PyErr_SetFromErrnoWithFilename(PyExc_OSError, path.c_str());
-    throw nb::python_error();
-  }
 }
 
 std::size_t adopt(RowIndex& index, Vector<const std::int64_t> rows, Vector<const std::int32_t> slots, bool pinned) {
@@ -150,19 +105,4 @@ void bind_index(nb::module_& module) {
       .def_prop_ro("nbytes", &RowIndex::bytes)
       .def_prop_ro("policy", &RowIndex::policy)
       .def_prop_ro("map", &RowIndex::map);
-
-  nb::class_<RowReader>(module, "RowReader")
-      .def(nb::new_(&open_reader), "path"_a, "offset"_a, "stride"_a, "rows"_a, "allow_uring"_a = true,
-           "allow_direct"_a = true, "depth"_a = 128, "merge_gap"_a = 4096)
-      .def("read", &read_rows, "rows"_a.noconvert(), "slots"_a.noconvert(), "arena"_a)
-      .def("inject_fault", &RowReader::inject_fault, "first"_a, "last"_a, "error"_a, "times"_a)
-      .def_prop_ro("backend", &RowReader::backend)
-      .def_prop_ro("reason", &RowReader::reason)
-      .def_prop_ro("rows", &RowReader::rows)
-      .def_prop_ro("stride", &RowReader::stride)
-      .def_prop_ro("scratch_bytes", &RowReader::scratch_bytes)
-      .def_prop_ro("bytes_read", &RowReader::bytes_read)
-      .def_prop_ro("reads", &RowReader::reads)
-      .def_prop_ro("retries", &RowReader::retries)
-      .def_prop_ro("in_flight", &RowReader::in_flight);
 }

@@ -5,6 +5,7 @@
 #include <atomic>
 
 #include "arena.h"
+#include "as_ready.h"
 #include "bindings.h"
 #include "kernels.h"
 #include "product_keys.h"
@@ -120,8 +121,60 @@ std::uint64_t touch(const RowView& view, Vector<const std::int64_t> index) {
   return total;
 }
 
+// The same while rows are still being read: `index` holds slots, whose states say which rows are there.
+// Returns (seconds in which nothing could be done, whether a row turned out unreadable).
+nb::tuple weighted_sum_as_ready(const RowView& view, Vector<const std::int32_t> index, Matrix<const float> weights,
+                                Matrix<float> out, std::size_t begin, const SlotStates& states, RowReader& reader,
+                                ReadRequest* request) {
+  const std::size_t k = weights.shape(1);
+  const std::size_t n = index.shape(0);
+  require(out.shape(0) == weights.shape(0) && out.shape(1) == view.rows.width, "out must be [tokens, width]");
+  require(begin <= weights.size() && n <= weights.size() - begin, "index reaches past the last token");
+  require(states.size() >= view.count, "every row needs a state");
+  Waited waited;
+  {
+    nb::gil_scoped_release release;
+    Indices rows = checked_indices(index.data(), n, view.count);
+    rows.i32 -= begin;  // the kernel counts from the batch's first row
+    const auto& kernel = kernels();
+    waited = run_as_ready(index.data(), k, begin, n, states, reader, request, (min_rows(view) + k - 1) / std::max<std::size_t>(k, 1),
+                          [&](std::size_t from, std::size_t to) {
+                            kernel.weighted_sum(view.rows, rows, weights.data(), out.data(), k, from, to);
+                          });
+  }
+  return nb::make_tuple(waited.stall_seconds, waited.failed);
+}
+
+nb::tuple dot_as_ready(const RowView& view, Vector<const std::int32_t> index, Matrix<const float> x, Matrix<float> out,
+                       std::size_t begin, const SlotStates& states, RowReader& reader, ReadRequest* request) {
+  const std::size_t k = out.shape(1);
+  const std::size_t n = index.shape(0);
+  require(x.shape(0) == out.shape(0) && x.shape(1) == view.rows.width, "x must be [tokens, width]");
+  require(begin <= out.size() && n <= out.size() - begin, "index reaches past the last token");
+  require(states.size() >= view.count, "every row needs a state");
+  Waited waited;
+  {
+    nb::gil_scoped_release release;
+    Indices rows = checked_indices(index.data(), n, view.count);
+    rows.i32 -= begin;
+    const auto& kernel = kernels();
+    waited = run_as_ready(index.data(), k, begin, n, states, reader, request, (min_rows(view) + k - 1) / std::max<std::size_t>(k, 1),
+                          [&](std::size_t from, std::size_t to) {
+                            kernel.dot(view.rows, rows, x.data(), out.data(), k, from, to);
+                          });
+  }
+  return nb::make_tuple(waited.stall_seconds, waited.failed);
+}
+
+template <class T>
+void check(const RowView& view, Vector<const T> index) {
+  nb::gil_scoped_release release;
+  checked_indices(index.data(), index.shape(0), view.count);
+}
+
 template <class T>
 void bind_for(nb::class_<RowView>& view) {
+  view.def("check", &check<T>, "index"_a.noconvert());
   view.def("weighted_sum", &weighted_sum<T>, "index"_a.noconvert(), "weights"_a.noconvert(), "out"_a.noconvert(),
            "begin"_a = 0);
   view.def("dot", &dot<T>, "index"_a.noconvert(), "x"_a.noconvert(), "out"_a.noconvert(), "begin"_a = 0);
@@ -159,6 +212,10 @@ void bind_kernels(nb::module_& module) {
            "row_format"_a, "width"_a, nb::keep_alive<1, 2>());
   view.def_prop_ro("stride", [](const RowView& v) { return v.rows.stride; });
   view.def("touch", &touch, "index"_a.noconvert());
+  view.def("weighted_sum_as_ready", &weighted_sum_as_ready, "index"_a.noconvert(), "weights"_a.noconvert(),
+           "out"_a.noconvert(), "begin"_a, "states"_a, "reader"_a, "request"_a.none());
+  view.def("dot_as_ready", &dot_as_ready, "index"_a.noconvert(), "x"_a.noconvert(), "out"_a.noconvert(), "begin"_a,
+           "states"_a, "reader"_a, "request"_a.none());
   bind_for<std::int32_t>(view);
   bind_for<std::int64_t>(view);
 

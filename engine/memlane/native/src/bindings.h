@@ -6,6 +6,8 @@
 #include <nanobind/ndarray.h>
 
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 namespace nb = nanobind;
 
@@ -20,5 +22,13 @@ inline void require(bool condition, const char* message) {
   if (!condition) throw nb::value_error(message);
 }
 
+template <class T>
+nb::ndarray<nb::numpy, T, nb::ndim<1>> to_numpy(std::vector<T> values) {
+  auto* data = new std::vector<T>(std::move(values));
+  nb::capsule owner(data, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
+  return {data->data(), {data->size()}, owner};
+}
+
 void bind_kernels(nb::module_& module);
 void bind_index(nb::module_& module);
+void bind_reader(nb::module_& module);

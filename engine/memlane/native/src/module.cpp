@@ -4,6 +4,7 @@
 #include "bindings.h"
 
 NB_MODULE(_core, module) {
-  bind_kernels(module);
   bind_index(module);
+  bind_reader(module);
+  bind_kernels(module);
 }

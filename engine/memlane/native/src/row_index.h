@@ -56,7 +56,7 @@ class RowIndex {
 
   virtual std::uint32_t begin() = 0;  // the batch's name for the calls below
   // Writes the slot of each id, until ids or slots run out; returns how many ids were served (slots_out beyond them
-  // is undefined). The rows to read are in misses(), ascending, until the next lookup. Ids must be inside [0, rows);
+  // is undefined). The rows to read are in misses(), ascending, until the next lookup or begin. Ids must be inside [0, rows);
   // the first lookup of a batch must be given all of them, later ones those not yet served.
   virtual std::size_t lookup(std::uint32_t batch, const std::int32_t* ids, std::size_t count,
                              std::int32_t* slots_out) = 0;

@@ -25,6 +25,7 @@ class RowIndexOf final : public RowIndex {
       for (Node& node : nodes_) node.mark = node.mark == 0 ? 0 : 2;
       batch_ = 1;
     }
+    misses_.clear();
     open_.push_back({++batch_, false, false});
     return batch_;
   }
@@ -42,8 +43,8 @@ class RowIndexOf final : public RowIndex {
   void drop(const std::int32_t* slots, std::size_t count) override {
     for (std::size_t i = 0; i < count; ++i) {
       const std::int32_t slot = slots[i];
-      if (slot < 0 || static_cast<std::size_t>(slot) >= slots_ + scratch_ || node(slot).mark == 0)
-        throw std::out_of_range("drop: not a slot that holds a row");
+      if (slot < 0 || static_cast<std::size_t>(slot) >= slots_ + scratch_) throw std::out_of_range("drop: no such slot");
+      if (node(slot).mark == 0) continue;  // dropped already, by another batch that needed the row
       map_.erase(node(slot).row);
       node(slot).mark = 0;
       if (is_scratch(slot)) continue;  // its place is given back by release_scratch

@@ -8,6 +8,7 @@
 #include <linux/io_uring.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
 #define MEMLANE_HAS_URING 1
 #endif
@@ -32,9 +33,8 @@ int setup(unsigned entries, io_uring_params& params) {
   return static_cast<int>(syscall(__NR_io_uring_setup, entries, &params));
 }
 
-int enter(int ring, unsigned submit, unsigned wait_for) {
-  const unsigned flags = wait_for > 0 ? IORING_ENTER_GETEVENTS : 0;
-  return static_cast<int>(syscall(__NR_io_uring_enter, ring, submit, wait_for, flags, nullptr, 0));
+int enter(int ring, unsigned submit, unsigned wait_for, unsigned flags, void* argument, std::size_t size) {
+  return static_cast<int>(syscall(__NR_io_uring_enter, ring, submit, wait_for, flags, argument, size));
 }
 
 std::uint32_t* word(void* memory, std::uint32_t offset) {
@@ -53,6 +53,11 @@ bool Uring::open(unsigned entries, std::string& reason) {
     return false;
   }
   ring_ = ring;
+  if ((params.features & IORING_FEAT_EXT_ARG) == 0) {
+    reason = "io_uring: this kernel cannot wait with a time limit";
+    close();
+    return false;
+  }
   const auto map = [ring](std::size_t bytes, off_t what) {
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, ring, what);
     return memory == MAP_FAILED ? nullptr : memory;
@@ -91,12 +96,13 @@ void Uring::close() {
   ring_ = -1;
 }
 
-void Uring::queue_read(int file, void* buffer, std::uint32_t bytes, std::uint64_t offset, std::uint64_t tag) {
+void Uring::queue_read(int file, void* buffer, std::uint32_t bytes, std::uint64_t offset, std::uint64_t tag,
+                       bool fixed) {
   const std::uint32_t tail = *submit_tail_;  // only this side writes it
   const std::uint32_t place = tail & submit_mask_;
   auto* entry = static_cast<io_uring_sqe*>(entry_memory_) + place;
   std::memset(entry, 0, sizeof(*entry));
-  entry->opcode = IORING_OP_READ;
+  entry->opcode = fixed ? IORING_OP_READ_FIXED : IORING_OP_READ;  // the only registered buffer has index 0
   entry->fd = file;
   entry->addr = reinterpret_cast<std::uint64_t>(buffer);
   entry->len = bytes;
@@ -107,21 +113,32 @@ void Uring::queue_read(int file, void* buffer, std::uint32_t bytes, std::uint64_
   ++queued_;
 }
 
-int Uring::submit_and_wait(unsigned wait_for, bool look_first) {
-  if (look_first) {
-    const int error = queued_ > 0 ? submit_and_wait(0, false) : 0;
-    if (error != 0 || completed_soon()) return error;
-  }
-  do {
-    const int taken = enter(ring_, queued_, wait_for);
-    if (taken >= 0) {
+bool Uring::register_buffer(void* memory, std::size_t bytes) {
+  iovec whole{memory, bytes};
+  return syscall(__NR_io_uring_register, ring_, IORING_REGISTER_BUFFERS, &whole, 1) == 0;
+}
+
+int Uring::submit() {
+  while (queued_ > 0) {
+    const int taken = enter(ring_, queued_, 0, 0, nullptr, 0);
+    if (taken >= 0)
       queued_ -= static_cast<unsigned>(taken);
-      if (queued_ == 0) return 0;
-      continue;  // the kernel took some: hand over the rest
-    }
-    if (errno == EAGAIN || errno == EBUSY) return 0;  // it wants completions to be taken first
-    if (errno != EINTR) return errno;
-  } while (true);
+    else if (errno == EAGAIN || errno == EBUSY)
+      return 0;  // it wants completions to be taken first
+    else if (errno != EINTR)
+      return errno;
+  }
+  return 0;
+}
+
+int Uring::wait(std::chrono::nanoseconds patience, bool look_first) {
+  if (look_first && completed_soon()) return 0;
+  __kernel_timespec limit{patience.count() / 1'000'000'000, patience.count() % 1'000'000'000};
+  io_uring_getevents_arg argument{};
+  argument.ts = reinterpret_cast<std::uint64_t>(&limit);
+  const int result = enter(ring_, 0, 1, IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG, &argument, sizeof(argument));
+  if (result >= 0 || errno == ETIME || errno == EINTR || errno == EAGAIN || errno == EBUSY) return 0;
+  return errno;
 }
 
 // A processor that goes to sleep for one read wakes up tens of microseconds late, about as long as the read itself
@@ -155,22 +172,11 @@ bool Uring::open(unsigned, std::string& reason) {
   return false;
 }
 void Uring::close() {}
-void Uring::queue_read(int, void*, std::uint32_t, std::uint64_t, std::uint64_t) {}
-int Uring::submit_and_wait(unsigned, bool) { return ENOSYS; }
+bool Uring::register_buffer(void*, std::size_t) { return false; }
+void Uring::queue_read(int, void*, std::uint32_t, std::uint64_t, std::uint64_t, bool) {}
+int Uring::submit() { return ENOSYS; }
+int Uring::wait(std::chrono::nanoseconds, bool) { return ENOSYS; }
 bool Uring::completed_soon() const { return false; }
-// A processor that goes to sleep for one read wakes up tens of microseconds late, about as long as the read itself
-// takes. So look for the completion for a while, never long enough to matter to whoever else wants the processor.
-bool Uring::completed_soon() const {
-  const auto until = std::chrono::steady_clock::now() + kLook;
-  do {
-    for (int i = 0; i < 64; ++i) {
-      if (*complete_head_ != __atomic_load_n(complete_tail_, __ATOMIC_ACQUIRE)) return true;
-      pause();
-    }
-  } while (std::chrono::steady_clock::now() < until);
-  return false;
-}
-
 bool Uring::next_completion(Completion&) { return false; }
 Uring::~Uring() = default;
 

@@ -1,13 +1,14 @@
 // io_uring through the kernel's own interface: enough of it to keep many reads in flight from one thread.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <string>
 
 namespace memlane {
 
-// Not thread-safe. Usable only where open() returned true; elsewhere the caller reads in another way.
+// Not thread-safe but for wait(). Usable only where open() returned true; elsewhere the caller reads in another way.
 class Uring {
  public:
   struct Completion {
@@ -24,11 +25,14 @@ class Uring {
   bool open(unsigned entries, std::string& reason);
   unsigned entries() const { return entries_; }
 
+  // Lets the kernel map this memory once and for all, for reads with `fixed`. False where it will not.
+  bool register_buffer(void* memory, std::size_t bytes);
   // Queues a read; at most entries() may be queued or in flight at once. `buffer` must live until its completion.
-  void queue_read(int file, void* buffer, std::uint32_t bytes, std::uint64_t offset, std::uint64_t tag);
-  // Hands the queued reads to the kernel and waits for at least `wait_for` completions; `look_first`: without sleeping
-  // if one comes soon. Returns 0 or an errno.
-  int submit_and_wait(unsigned wait_for, bool look_first);
+  void queue_read(int file, void* buffer, std::uint32_t bytes, std::uint64_t offset, std::uint64_t tag, bool fixed);
+  int submit();  // hands the queued reads to the kernel; 0 or an errno
+  // Waits for a completion, for `patience` at most; `look_first`: without sleeping if one comes soon. 0 or an errno.
+  // May be called while another thread queues and submits, but not while another takes completions.
+  int wait(std::chrono::nanoseconds patience, bool look_first);
   bool next_completion(Completion& completion);
 
  private:
