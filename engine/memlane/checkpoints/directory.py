@@ -2,7 +2,8 @@
 
 config.json                  written last: a folder without it is not a model
 model.safetensors            dense weights
-table-<name>.safetensors     one table each: [rows, width] of plain numbers, or uint8 [rows, stride] of encoded rows
+table-<name>.safetensors     one table each: [rows, width] of plain numbers, or uint8 [rows, stride] of encoded rows;
+                             beside it <name>.crc32c, the checksums of its blocks (see tables/checksums.py)
 generation_config.json       bos and eos ids
 tokenizer.json, tokenizer_config.json, chat_template.jinja    where there is a tokenizer
 hot_rows.npy                 row ids, most read first; hot_rows-<table>.npy where there are several tables
