@@ -59,7 +59,9 @@ def read_checksums(layout: TableLayout) -> NDArray[np.uint32] | None:
     with layout.path.open("rb") as file:
         sums = np.fromfile(file, dtype="<u4", count=layout.blocks, offset=layout.checksum_offset)
     if len(sums) != layout.blocks:
-        raise TableFormatError(f"{layout.path}: truncated: {len(sums)} of {layout.blocks} checksums are there")
+        raise TableFormatError(
+            f"{layout.path}: truncated: {len(sums)} of {layout.blocks} checksums are there"
+        )
     return sums.astype(np.uint32, copy=False)
 
 

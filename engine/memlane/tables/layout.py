@@ -24,7 +24,9 @@ from memlane.tables.errors import TableFormatError
 __all__ = ["BLOCK", "PAGE", "RowFormat", "TableLayout", "checksum_name", "read_header"]
 
 PAGE = 4096
-BLOCK = PAGE  # bytes of rows under one checksum: what a read of whole pages brings can then be verified as it is
+BLOCK = (
+    PAGE  # bytes of rows under one checksum: what a read of whole pages brings can then be verified as it is
+)
 _LONGEST_HEADER = 100 << 20
 
 
@@ -79,7 +81,9 @@ class TableLayout:
     width: int
     dtype: RowFormat
     stride: int
-    checksum_offset: int | None = None  # in the file; None where the table has no checksums (see checksums.py)
+    checksum_offset: int | None = (
+        None  # in the file; None where the table has no checksums (see checksums.py)
+    )
 
     @property
     def nbytes(self) -> int:

@@ -43,7 +43,11 @@ def write_table(
     nbytes, blocks = rows * stride, -(-rows * stride // BLOCK)
     tensors = {
         name: {"dtype": row_format.safetensors_dtype, "shape": shape, "data_offsets": [0, nbytes]},
-        checksum_name(name): {"dtype": "U32", "shape": [blocks], "data_offsets": [nbytes, nbytes + 4 * blocks]},
+        checksum_name(name): {
+            "dtype": "U32",
+            "shape": [blocks],
+            "data_offsets": [nbytes, nbytes + 4 * blocks],
+        },
     }
     metadata = {"format": "pt", "row_format": row_format.value, "width": str(width)}
     header = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":")).encode()
@@ -64,7 +68,7 @@ def write_table(
                 unsynced += stored.numel()
                 data = stored.contiguous().numpy().reshape(-1)
                 checksums.update(data)
-                file.write(data)
+                file.write(data.data)
                 if unsynced >= _SYNC_BYTES:
                     file.flush()
                     os.fdatasync(file.fileno())
@@ -72,7 +76,7 @@ def write_table(
                     unsynced = 0
             if written != rows:
                 raise TableFormatError(f"{path}: {written} rows were given, {rows} promised")
-            file.write(checksums.finish().astype("<u4", copy=False))
+            file.write(checksums.finish().astype("<u4", copy=False).data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
