@@ -69,7 +69,7 @@ def compare_tables(
         numbers += size_b.sum().item()
         cosines += _cosines(a, b, size_a, size_b).sum().item()
         # 0 / 0 is a row of zeros that stayed one; every other NaN or x / 0 is as wrong as can be
-        errors = (squares / size_b).sqrt().nan_to_num(nan=math.inf)
+        errors = (squares / size_b).sqrt().nan_to_num(nan=math.inf, posinf=math.inf)
         errors[(squares == 0) & (size_b == 0)] = 0
         if len(errors) and errors.max().item() > worst_error:
             worst_error, worst_row = errors.max().item(), at + int(errors.argmax())
