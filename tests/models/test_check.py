@@ -95,6 +95,17 @@ def test_one_flipped_byte_is_found_and_named(model: Path, capsys: pytest.Capture
     assert "DAMAGED" in out.splitlines()[-1]
 
 
+def test_damaged_rows_are_not_converted_to_sound_ones(model: Path, tmp_path: Path) -> None:
+    layout = layout_of(model)
+    overwrite(layout.path, layout.offset + 4096 * 3, bytes(4096))
+    first, last = 3 * 4096 // layout.stride, (4 * 4096 - 1) // layout.stride
+    with pytest.raises(
+        CheckpointError, match=rf"corrupt: rows {first}-{last} differ from their checksum \(1 bad"
+    ):
+        convert(model, tmp_path / "again", progress=False)
+    assert not (tmp_path / "again").exists()
+
+
 def test_a_sound_model_in_words(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", str(model)]) == 0
     out = capsys.readouterr().out
