@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_serve(commands)
     _add_convert(commands)
+    _add_check(commands)
     return top
 
 
@@ -128,9 +129,29 @@ def _add_convert(commands: Any) -> None:
 
 
 def _convert(given: argparse.Namespace) -> int:
-    from memlane_server.convert import convert  # the one command that needs torch
+    from memlane_server.convert import convert  # needs torch
 
     return convert(given.source, given.destination, given.rows, given.tokenizer, given.overwrite)
+
+
+def _add_check(commands: Any) -> None:
+    check = commands.add_parser(
+        "check",
+        help="verify the checksums of a model directory",
+        description="Read a whole model directory once and verify it: the checksum of every block of its tables, the "
+        "scales of quantised rows, the SHA-256 of the other files. Exit status 0: no damage, 1: damaged.",
+        allow_abbrev=False,
+    )
+    check.add_argument("model", metavar="MODEL", help="model directory")
+    check.add_argument("--against", metavar="SRC", help="also measure how far its rows are from those of SRC")
+    check.add_argument("--json", action="store_true", help="print one JSON object instead of sentences")
+    check.set_defaults(run=_check, parser=check)
+
+
+def _check(given: argparse.Namespace) -> int:
+    from memlane_server.check import check  # needs torch
+
+    return check(given.model, given.against, given.json)
 
 
 if __name__ == "__main__":

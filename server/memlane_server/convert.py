@@ -1,4 +1,4 @@
-"""`memlane convert`: the one command that needs torch, kept apart so that no other pays for it."""
+"""`memlane convert`: needs torch, so it is kept apart from the commands that do not."""
 
 from __future__ import annotations
 

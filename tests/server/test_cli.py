@@ -49,6 +49,8 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "--max-num-seqs", "0"], "--max-num-seqs: Expected `int` >= 1"),
         (["serve", "--api-key", " "], "--api-key: is empty"),
         (["convert", "a"], "required: DST"),
+        (["check"], "required: MODEL"),
+        (["check", "a", "--agains", "b"], "unknown argument --agains; did you mean --against?"),
         (["fly"], "invalid choice: 'fly'"),
         ([], "required: COMMAND"),
     ],

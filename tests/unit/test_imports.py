@@ -60,8 +60,12 @@ RULES = [
     ),
 ]
 
-# The command line reaches the converter lazily: `memlane serve` must not pay for torch.
-EXCEPTIONS = {("cli.py", "memlane.checkpoints"), ("convert.py", "memlane.checkpoints")}
+# The command line reaches the converter and the checker lazily: `memlane serve` must not pay for torch.
+EXCEPTIONS = {
+    ("cli.py", "memlane.checkpoints"),
+    ("convert.py", "memlane.checkpoints"),
+    ("check.py", "memlane.checkpoints"),
+}
 
 
 @pytest.mark.parametrize(

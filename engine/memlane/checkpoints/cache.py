@@ -18,7 +18,7 @@ from memlane.errors import CheckpointError
 
 __all__ = ["cache_directory", "resolve"]
 
-_CONVERTER = "1"  # change when convert would write something else for the same source
+_CONVERTER = "2"  # change when convert would write something else for the same source
 
 logger = logging.getLogger(__name__)
 

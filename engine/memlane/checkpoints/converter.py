@@ -45,6 +45,8 @@ from memlane.checkpoints.tensors import MemoryTensor
 from memlane.errors import CheckpointError, ConfigError
 from memlane.models.config import ROW_FORMATS, ModelConfig
 from memlane.tables import RowFormat, decode_rows, encode_rows
+from memlane.tables.checksums import BlockChecksums
+from memlane.tables.layout import BLOCK, checksum_name
 
 __all__ = ["convert", "save"]
 
@@ -198,12 +200,17 @@ def _write_table(table: TableSource, target: RowFormat, work: Path, bar: tqdm[No
     path = work / table_file_name(table.name)
     plain = _PLAIN.get(target)
     columns = table.width if plain is not None else target.stride(table.width)
-    spec = TensorSpec(table.name, plain or torch.uint8, (table.rows, columns))
-    with SafetensorsWriter(path, [spec], {"row_format": target.value, "width": str(table.width)}) as writer:
+    rows = TensorSpec(table.name, plain or torch.uint8, (table.rows, columns))
+    sums = TensorSpec(checksum_name(table.name), torch.uint32, (-(-rows.nbytes // BLOCK),))
+    metadata = {"row_format": target.value, "width": str(table.width)}
+    checksums = BlockChecksums()
+    with SafetensorsWriter(path, [rows, sums], metadata) as writer:
         for chunk in table.chunks(max(1, _CHUNK_BYTES // (4 * table.width))):
-            encoded = _encode(chunk, RowFormat(table.row_format), target, table.width)
+            encoded = _encode(chunk, RowFormat(table.row_format), target, table.width).contiguous()
+            checksums.update(encoded.view(torch.uint8).reshape(-1).numpy())
             writer.write(encoded)
             bar.update(encoded.nbytes)
+        writer.write(torch.from_numpy(checksums.finish()))
     return writer.sha256
 
 

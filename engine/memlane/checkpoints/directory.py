@@ -2,7 +2,8 @@
 
 config.json                  written last: a folder without it is not a model
 model.safetensors            dense weights
-table-<name>.safetensors     one table each: [rows, width] of plain numbers, or uint8 [rows, stride] of encoded rows
+table-<name>.safetensors     one table each: [rows, width] of plain numbers, or uint8 [rows, stride] of encoded rows;
+                             beside it <name>.crc32c, the checksums of its blocks (see tables/checksums.py)
 generation_config.json       bos and eos ids
 tokenizer.json, tokenizer_config.json, chat_template.jinja    where there is a tokenizer
 hot_rows.npy                 row ids, most read first; hot_rows-<table>.npy where there are several tables
@@ -33,8 +34,10 @@ from memlane.checkpoints.source import (
     row_format_of,
 )
 from memlane.checkpoints.tensors import StoredTensor
+from memlane.checkpoints.verified import VerifiedRows
 from memlane.errors import CheckpointError, ConfigError
 from memlane.models.config import MODEL_TYPE, ModelConfig
+from memlane.tables import TableError, TableLayout
 
 __all__ = [
     "CONFIG",
@@ -161,11 +164,20 @@ def _open_table(directory: Path, name: str, config: ModelConfig) -> TableSource:
             raise CheckpointError(
                 path, f"is {found} {list(tensor.shape)}, {CONFIG} says {memory.row_format} {list(plain)}"
             )
-        return FloatRows(name, tensor, found)
+        return _verified(path, FloatRows(name, tensor, found))
     wanted = (memory.rows, memory.row_bytes)
     if memory.row_format not in ("int8", "int4") or tensor.shape != wanted:
         raise CheckpointError(
             path,
             f"is uint8 {list(tensor.shape)}, but {memory.row_format} rows as in {CONFIG} take {list(wanted)}",
         )
-    return EncodedRows(name, tensor, memory.value_dim, memory.row_format)
+    return _verified(path, EncodedRows(name, tensor, memory.value_dim, memory.row_format))
+
+
+def _verified(path: Path, table: TableSource) -> TableSource:
+    """The table, compared with its checksums when it is read, if it has any."""
+    try:
+        layout = TableLayout.from_safetensors(path, table.name, table.row_format, table.width)
+    except TableError as error:
+        raise CheckpointError(path, str(error).removeprefix(f"{path}: ")) from error
+    return table if layout.checksum_offset is None else VerifiedRows(table, layout)

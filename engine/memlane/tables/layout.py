@@ -21,9 +21,12 @@ from typing import Any
 
 from memlane.tables.errors import TableFormatError
 
-__all__ = ["PAGE", "RowFormat", "TableLayout", "read_checksums", "read_header"]
+__all__ = ["BLOCK", "PAGE", "RowFormat", "TableLayout", "checksum_name", "read_header"]
 
 PAGE = 4096
+BLOCK = (
+    PAGE  # bytes of rows under one checksum: what a read of whole pages brings can then be verified as it is
+)
 _LONGEST_HEADER = 100 << 20
 
 
@@ -78,10 +81,18 @@ class TableLayout:
     width: int
     dtype: RowFormat
     stride: int
+    checksum_offset: int | None = (
+        None  # in the file; None where the table has no checksums (see checksums.py)
+    )
 
     @property
     def nbytes(self) -> int:
         return self.rows * self.stride
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks of BLOCK bytes the rows fill; the last may be shorter."""
+        return -(-self.nbytes // BLOCK)
 
     @classmethod
     def from_safetensors(
@@ -133,7 +144,8 @@ class TableLayout:
             raise TableFormatError(
                 f"{path}: {tensor_name!r} has {columns} columns; {wanted.value} rows of width {width} have {expected}"
             )
-        return cls(tensor_name, path, entry.offset, rows, width, wanted, wanted.stride(width))
+        checksums = _checksum_offset(path, tensor_name, header)
+        return cls(tensor_name, path, entry.offset, rows, width, wanted, wanted.stride(width), checksums)
 
 
 @dataclass(frozen=True)
@@ -181,6 +193,29 @@ def read_header(path: Path) -> Header:
     return Header(tensors, metadata if isinstance(metadata, dict) else {})
 
 
+def checksum_name(table: str) -> str:
+    """Name of the tensor that holds the checksums of a table's blocks."""
+    return table + ".crc32c"
+
+
+def _checksum_offset(path: Path, table: str, header: Header) -> int | None:
+    """Where the table's checksums lie in the file, None if it has none; TableFormatError if they cannot be its own."""
+    sums, rows = header.tensors.get(checksum_name(table)), header.tensors[table]
+    if sums is None:
+        return None
+    blocks = -(-rows.nbytes // BLOCK)
+    if sums.dtype != "U32" or sums.shape != [blocks]:
+        raise TableFormatError(
+            f"{path}: {checksum_name(table)!r} is {sums.dtype} {sums.shape}; "
+            f"the checksums of {table!r} are U32 {[blocks]}"
+        )
+    if rows.offset % PAGE:
+        raise TableFormatError(
+            f"{path}: {table!r} has checksums but starts at byte {rows.offset}, which is not on a page"
+        )
+    return sums.offset
+
+
 def _entry(path: Path, name: str, value: Any, start: int) -> _Entry:
     try:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
@@ -199,7 +234,3 @@ def _entry(path: Path, name: str, value: Any, start: int) -> _Entry:
     if elements * _BYTES.get(dtype, 1) != end - begin and (dtype in _BYTES or dtype in ("U8", "I8", "BOOL")):
         raise TableFormatError(f"{path}: {name!r} is {dtype} {shape} but has {end - begin} bytes")
     return _Entry(dtype, list(shape), start + begin, end - begin)
-
-
-def read_checksums(layout: TableLayout) -> None:
-    return None

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memlane.native import Arena, ReadRequest, RowReader, SlotStates
+from memlane.tables.checksums import read_checksums
 from memlane.tables.errors import RowReadError, TableError, TableFormatError
-from memlane.tables.layout import TableLayout, read_checksums
+from memlane.tables.layout import TableLayout
 
 __all__ = ["FileIO", "FileRead", "FileSource", "RamSource", "Read", "RowSource", "SlotMemory"]
 

@@ -1,6 +1,6 @@
 """Writes one table as a safetensors file, row by row, with its data on a page border. Atomic: all or nothing.
 
-| 8: header length | header (JSON), padded with spaces to a page | row 0 | row 1 | ... |
+| 8: header length | header (JSON), padded with spaces to a page | row 0 | row 1 | ... | checksums of the rows' blocks |
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from memlane.tables.checksums import BlockChecksums
 from memlane.tables.errors import TableFormatError
-from memlane.tables.layout import PAGE, RowFormat, TableLayout
+from memlane.tables.layout import BLOCK, PAGE, RowFormat, TableLayout, checksum_name
 from memlane.tables.quantize import encode_rows
 
 __all__ = ["write_table"]
@@ -39,11 +40,20 @@ def write_table(
     path, row_format = Path(path), RowFormat(dtype)
     stride = row_format.stride(width)
     shape = [rows, stride if row_format.is_quantised else width]
-    entry = {"dtype": row_format.safetensors_dtype, "shape": shape, "data_offsets": [0, rows * stride]}
+    nbytes, blocks = rows * stride, -(-rows * stride // BLOCK)
+    tensors = {
+        name: {"dtype": row_format.safetensors_dtype, "shape": shape, "data_offsets": [0, nbytes]},
+        checksum_name(name): {
+            "dtype": "U32",
+            "shape": [blocks],
+            "data_offsets": [nbytes, nbytes + 4 * blocks],
+        },
+    }
     metadata = {"format": "pt", "row_format": row_format.value, "width": str(width)}
-    header = json.dumps({"__metadata__": metadata, name: entry}, separators=(",", ":")).encode()
+    header = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":")).encode()
     header = header.ljust(-(len(header) + 8) % PAGE + len(header))
     partial = path.with_name(path.name + ".partial")
+    checksums = BlockChecksums()
     try:
         with partial.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
@@ -56,7 +66,9 @@ def write_table(
                     )
                 written += stored.shape[0]
                 unsynced += stored.numel()
-                file.write(stored.contiguous().numpy().data)
+                data = stored.contiguous().numpy().reshape(-1)
+                checksums.update(data)
+                file.write(data.data)
                 if unsynced >= _SYNC_BYTES:
                     file.flush()
                     os.fdatasync(file.fileno())
@@ -64,10 +76,12 @@ def write_table(
                     unsynced = 0
             if written != rows:
                 raise TableFormatError(f"{path}: {written} rows were given, {rows} promised")
+            file.write(checksums.finish().astype("<u4", copy=False).data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    return TableLayout(name, path, 8 + len(header), rows, width, row_format, stride)
+    offset = 8 + len(header)
+    return TableLayout(name, path, offset, rows, width, row_format, stride, offset + nbytes)

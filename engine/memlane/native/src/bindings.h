@@ -32,3 +32,4 @@ nb::ndarray<nb::numpy, T, nb::ndim<1>> to_numpy(std::vector<T> values) {
 void bind_kernels(nb::module_& module);
 void bind_index(nb::module_& module);
 void bind_reader(nb::module_& module);
+void bind_checksums(nb::module_& module);

@@ -7,4 +7,5 @@ NB_MODULE(_core, module) {
   bind_index(module);
   bind_reader(module);
   bind_kernels(module);
+  bind_checksums(module);
 }
