@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Literal
 
@@ -60,6 +60,7 @@ class ValueTable:
         self._warming: Counter[str] = Counter()  # what warm() made the cache count: no request asked for it
         self._warming_seconds = 0.0
         self._backend = "ram" if cache is None else source.backend
+        self.recorder: Callable[[Ids], None] | None = None  # gets the ids of each lookup that was served
 
     @classmethod
     def open(
@@ -174,6 +175,8 @@ class ValueTable:
                     yield self._view, parts
             self._calls += 1
             self._requested += len(flat)
+            if self.recorder is not None:
+                self.recorder(flat)
         except RowReadError as error:
             tokens = np.unique(np.flatnonzero(np.isin(flat, error.rows)) // k)
             raise RowReadError(error.table, error.rows, error.reason, tokens.tolist()) from None
@@ -194,6 +197,7 @@ class ValueTable:
         ids = ids[np.sort(first)][: self._cache.slots]
         calls, requested, seconds = self._calls, self._requested, self._cache.read_seconds
         before = Counter(self._cache.index.counters())
+        recorder, self.recorder = self.recorder, None
         try:
             for end in range(len(ids), 0, -_WARM_ROWS):
                 part = np.ascontiguousarray(ids[max(0, end - _WARM_ROWS) : end][::-1])
@@ -204,6 +208,7 @@ class ValueTable:
                 except RowReadError as error:
                     logger.warning("warming: %s", error)
         finally:
+            self.recorder = recorder
             self._calls, self._requested = calls, requested
             self._warming += Counter(self._cache.index.counters()) - before
             self._warming_seconds += self._cache.read_seconds - seconds

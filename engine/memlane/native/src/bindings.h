@@ -22,3 +22,4 @@ inline void require(bool condition, const char* message) {
 
 void bind_kernels(nb::module_& module);
 void bind_index(nb::module_& module);
+void bind_trace(nb::module_& module);

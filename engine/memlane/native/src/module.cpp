@@ -6,4 +6,5 @@
 NB_MODULE(_core, module) {
   bind_kernels(module);
   bind_index(module);
+  bind_trace(module);
 }
