@@ -82,11 +82,15 @@ class DiskUse:
 
 @dataclass(frozen=True)
 class Expected:
-    """Hit rates of one table by a trace: with all the memory there is, and with the size that is recommended."""
+    """Hit rates of one table by a trace: with all the memory there is, and with the size that is recommended.
+
+    short: the trace is too short for its sizes to be trusted.
+    """
 
     table: str
     at_most: float
     recommended: float
+    short: bool
 
 
 @dataclass(frozen=True)
@@ -253,7 +257,8 @@ def _fewest_slots(curves: dict[str, LruCurve], most: int) -> tuple[int, tuple[Ex
     """The size that loses half a percentage point at most in every table; they share the cache in equal parts."""
     slots = max((curve.as_good_as(most) for curve in curves.values()), default=most)
     return slots, tuple(
-        Expected(name, curve.hit_rate(most), curve.hit_rate(slots)) for name, curve in curves.items()
+        Expected(name, curve.hit_rate(most), curve.hit_rate(slots), curve.is_short)
+        for name, curve in curves.items()
     )
 
 

@@ -177,6 +177,11 @@ def _lines(report: Report, warm_up: float) -> list[str]:
             + ("  <- budget" if slots == report.budget else "")
         )
     lines += ["", "  " + _reached(report), "  " + advice(report)]
+    if simulation.curve.is_short:
+        lines.append(
+            f"  The record is short: {simulation.curve.first_reads:.1%} of what counts are first reads of a row, which "
+            "only hot rows (hot_rows.npy) could have warmed. Over a longer time more hits, and a larger cache is of use."
+        )
     if report.budget < summary.largest_batch:
         lines.append(
             f"  The largest batch has {summary.largest_batch:,} different rows, more than the budget's {report.budget:,}: "
@@ -192,11 +197,12 @@ def _reached(report: Report) -> str:
     for rate in _REACHED:
         slots = curve.slots_for(rate)
         if slots is None:
-            most = curve.hit_rate(table.rows)
-            parts.append(f"{rate:.0%} of reads with none ({most:.1%} at most: the rest are first reads)")
+            parts.append(
+                f"{rate:.0%} with none ({1 - curve.first_reads:.1%} at most: the rest are first reads)"
+            )
             break
-        parts.append(f"{rate:.0%} of reads with {size(slots * table.row_bytes)} ({_part(table, slots)})")
-    return "LRU hits " + ", ".join(parts) + "."
+        parts.append(f"{rate:.0%} with {size(slots * table.row_bytes)} ({_part(table, slots)})")
+    return "LRU hits, of all reads, " + ", ".join(parts) + "."
 
 
 def advice(report: Report) -> str:

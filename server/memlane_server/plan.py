@@ -88,6 +88,8 @@ def _advice(p: Plan) -> Iterator[str]:
         yield f"row cache {_size(p.disk.row_cache)} ({share:.1%} of the tables): {why}"
     for e in p.expected:
         yield f"  by the trace, {e.table} hits {e.recommended:.1%} of reads from disk ({e.at_most:.1%} with all that is left)"
+    if any(e.short for e in p.expected):
+        yield "  the trace is short (many of its reads are first reads): a larger cache may be of use"
     yield ""
     yield p.command
 

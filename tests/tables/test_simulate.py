@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from memlane.native import RowIndex, StackDistances
 from memlane.tables import simulate as simulate_module
 from memlane.tables.simulate import lru_curve, policies, recommend, simulate, summarise
-from memlane.tables.trace import RowRecorder, TracedTable, Trace, read_trace
+from memlane.tables.trace import RowRecorder, Trace, TracedTable, read_trace
 
 Ids = NDArray[np.uint32]
 
@@ -112,7 +112,9 @@ def test_the_curve_is_what_the_index_hits(tmp_path: Path) -> None:
     sizes = [one, one * 2, four, four + 200, rows // 2, rows]
     result = simulate(trace, 0, summary, sizes, ["lru"])
     for point in result.points:
-        assert abs(point.hit_rate - result.curve.hit_rate(point.slots)) < (0.005 if point.slots >= four else 0.01)
+        assert abs(point.hit_rate - result.curve.hit_rate(point.slots)) < (
+            0.005 if point.slots >= four else 0.01
+        )
         assert point.ids == result.curve.ids
     assert result.points[-1].hits == result.curve.hits[-1], "in a cache of the whole table order is nothing"
     alone = lru_curve(trace, 0, summary)
@@ -125,7 +127,7 @@ def test_only_the_order_within_a_batch_makes_the_difference(tmp_path: Path) -> N
     twin, batches = Twin(), []
     for ids in skewed(8, rows, 600, 60):
         place = {row: at for at, row in enumerate(twin.order)}
-        batches.append(np.array(sorted(ids.tolist(), key=lambda row: place.get(row, rows)), np.uint32))  # noqa: B023
+        batches.append(np.array(sorted(ids.tolist(), key=lambda row: place.get(row, rows)), np.uint32))
         twin.add(batches[-1].tolist(), counted=False)
     trace = record(tmp_path / "t", batches, rows)
     (summary,) = summarise(trace)

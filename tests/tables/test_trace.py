@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import struct
@@ -22,7 +23,9 @@ TABLES = (TracedTable("a", ROWS, 514, 1 << 20), TracedTable("b", 7, 64))
 def draw(seed: int, count: int) -> list[Record]:
     rng = np.random.default_rng(seed)
     numbers = rng.integers(0, 2, count).tolist()
-    return [Record(n, rng.integers(0, TABLES[n].rows, rng.integers(1, 300)).astype(np.uint32)) for n in numbers]
+    return [
+        Record(n, rng.integers(0, TABLES[n].rows, rng.integers(1, 300)).astype(np.uint32)) for n in numbers
+    ]
 
 
 def write(path: Path, records: list[Record], **options: int) -> RowRecorder:
@@ -87,7 +90,7 @@ def test_a_file_cut_anywhere_gives_its_whole_blocks(tmp_path: Path) -> None:
     cut = tmp_path / "cut"
     rng = np.random.default_rng(2)
     before = 0
-    for begin, end in zip(begins, begins[1:], strict=False):
+    for begin, end in itertools.pairwise(begins):
         for at in (begin + 1, begin + 11, begin + 12, *rng.integers(begin + 13, end, 3).tolist(), end - 1):
             cut.write_bytes(data[:at])
             trace = read_trace(cut)

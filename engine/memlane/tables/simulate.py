@@ -36,6 +36,7 @@ __all__ = [
 TOP_SHARES = (0.01, 0.1, 0.2, 0.5)
 _NEAR = 0.005  # a smaller size is as good if it hits at most half a percentage point less
 _INDIFFERENT = 0.001  # another policy than LRU must hit a tenth of a point more to be recommended
+_MANY_FIRST_READS = 0.05
 _SCRATCH = 16_384  # hits do not depend on how many rows of a large batch pass by at a time
 
 
@@ -71,6 +72,17 @@ class LruCurve:
 
     hits: NDArray[np.uint64]
     ids: int
+
+    @property
+    def first_reads(self) -> float:
+        """Ids whose row was never asked for before, per id: what no cache hits. Where they are many, the record is
+        short, and a server that runs longer hits more and has use for a larger cache."""
+        return 1 - int(self.hits[-1]) / self.ids if self.ids else 0.0
+
+    @property
+    def is_short(self) -> bool:
+        """Whether first reads are more than a twentieth."""
+        return self.first_reads > _MANY_FIRST_READS
 
     def hit_rate(self, slots: int) -> float:
         """Hits per id asked for, of a cache of so many slots."""
