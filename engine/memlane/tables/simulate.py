@@ -40,15 +40,23 @@ _MANY_FIRST_READS = 0.05
 _SCRATCH = 16_384  # hits do not depend on how many rows of a large batch pass by at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Summary:
-    """What was recorded of one table. top: share of the table's rows, the most read ones -> their share of reads."""
+    """What was recorded of one table.
+
+    read: ids of the rows that were read, ascending. largest_batch: different rows of the lookup that had most.
+    top: share of the table's rows, the most read ones -> their share of reads.
+    """
 
     lookups: int
     ids: int
-    different_rows: int
-    largest_batch: int  # different rows of the lookup that had most
+    read: NDArray[np.uint32]
+    largest_batch: int
     top: Mapping[float, float]
+
+    @property
+    def different_rows(self) -> int:
+        return len(self.read)
 
 
 @dataclass(frozen=True)
@@ -141,10 +149,11 @@ def summarise(trace: Trace) -> list[Summary]:
 
 
 def _summary(counts: NDArray[np.uint32], lookups: int, largest: int) -> Summary:
-    read = np.sort(counts[counts > 0])[::-1].astype(np.int64)
-    ids = int(read.sum())
-    top = {s: int(read[: int(len(counts) * s)].sum()) / ids if ids else 0.0 for s in TOP_SHARES}
-    return Summary(lookups, ids, len(read), largest, top)
+    read = np.flatnonzero(counts).astype(np.uint32)
+    times = np.sort(counts[read])[::-1].astype(np.int64)
+    ids = int(times.sum())
+    top = {s: int(times[: int(len(counts) * s)].sum()) / ids if ids else 0.0 for s in TOP_SHARES}
+    return Summary(lookups, ids, read, largest, top)
 
 
 def simulate(
@@ -160,9 +169,10 @@ def simulate(
     table: its number in the trace; summary: of this table. warm_up: share of the ids, from the beginning, that is not
     counted. OSError if the file cannot be read.
     """
-    rows = trace.tables[table].rows
-    replays = [_Replay(rows, slots, name) for name in names for slots in dict.fromkeys(sizes)]
-    distances = StackDistances(rows)
+    replays = [
+        _Replay(summary.different_rows, slots, name) for name in names for slots in dict.fromkeys(sizes)
+    ]
+    distances = StackDistances(summary.different_rows)
     for ids, counted in _lookups(trace, table, summary, warm_up):
         distances.add(ids, counted)
         for replay in replays:
@@ -172,7 +182,7 @@ def simulate(
 
 def lru_curve(trace: Trace, table: int, summary: Summary, warm_up: float = 0.2) -> LruCurve:
     """The LRU curve alone, as `simulate` finds it."""
-    distances = StackDistances(trace.tables[table].rows)
+    distances = StackDistances(summary.different_rows)
     for ids, counted in _lookups(trace, table, summary, warm_up):
         distances.add(ids, counted)
     return _curve(distances)
@@ -201,12 +211,18 @@ def recommend(simulation: Simulation, slots: int) -> Recommendation:
 def _lookups(
     trace: Trace, table: int, summary: Summary, warm_up: float
 ) -> Iterator[tuple[NDArray[np.uint32], bool]]:
-    """The ids of each lookup of a table, and whether it counts."""
+    """The ids of each lookup of a table, and whether it counts.
+
+    Rows are numbered anew among those that were read at all: no cache knows the difference, and dozens of indices of a
+    table of a hundred million rows would not fit memory.
+    """
+    number = np.zeros(trace.tables[table].rows, np.uint32)
+    number[summary.read] = np.arange(summary.different_rows, dtype=np.uint32)
     uncounted = int(summary.ids * warm_up)
     seen = 0
     for record in trace:
         if record.table == table:
-            yield record.ids, seen >= uncounted
+            yield number[record.ids], seen >= uncounted
             seen += len(record.ids)
 
 
@@ -220,7 +236,7 @@ class _Replay:
     def __init__(self, rows: int, slots: int, policy: str) -> None:
         self._policy = policy
         self._slots = slots
-        self._index = make_index(rows, slots, policy)
+        self._index = make_index(rows, min(rows, slots), policy)
         self._hits = self._ids = 0
 
     def add(self, ids: NDArray[np.int32], counted: bool) -> None:
