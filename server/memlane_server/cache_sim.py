@@ -163,16 +163,19 @@ def _lines(report: Report, warm_up: float) -> list[str]:
     top = ", ".join(f"{share:.0%} of rows {summary.top[share]:.1%}" for share in TOP_SHARES)
     lines.append(f"  share of reads that go to the most read rows: {top}")
     names = list(dict.fromkeys(point.policy for point in simulation.points))
+    wide = max(8, *(len(name) + 2 for name in names))
     lines += [
         "",
         f"  hit rates ({warm_up:.0%} of the ids warm the caches and are not counted)",
-        f"  {'size':>11} {'of table':>8} " + "".join(f"{name:>8}" for name in names) + f"{'LRU curve':>11}",
+        f"  {'size':>11} {'of table':>8} "
+        + "".join(f"{name:>{wide}}" for name in names)
+        + f"{'LRU curve':>11}",
     ]
     for slots in sorted({point.slots for point in simulation.points}):
         here = simulation.at(slots)
         lines.append(
             f"  {size(slots * table.row_bytes):>11} {_part(table, slots):>8} "
-            + "".join(f"{here[name].hit_rate:>8.1%}" for name in names)
+            + "".join(f"{here[name].hit_rate:>{wide}.1%}" for name in names)
             + f"{simulation.curve.hit_rate(slots):>11.1%}"
             + ("  <- budget" if slots == report.budget else "")
         )
