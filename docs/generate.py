@@ -33,12 +33,18 @@ def cli() -> str:
         "  checksum of every block of its tables, the scales of quantised rows, the SHA-256 of the other files. Exit",
         "  status 0: no damage, 1: damaged. `--against` measures how far its rows are from those of another",
         "  checkpoint of the same model.",
+        "- `memlane cache-sim FILE [--table NAME] [--sizes LIST] [--policies LIST] [--budget SIZE] [--warm-up PART]",
+        "  [--plot PNG] [--json FILE]` replays what `serve --record-rows FILE` recorded over cache sizes and policies:",
+        "  hit rates, the LRU curve, and a recommendation for the budget.",
+        "- `memlane plan MODEL [--memory SIZE] [--trace FILE] [--json]` says what a model needs in RAM and on disk on",
+        "  this machine, and prints the command to serve it with. Nothing is loaded or converted.",
         "- `memlane --version`",
         "",
         "Each flag of `serve` can also be set in the environment, under the name in the second column. A flag wins",
         "over the environment. Flags that do not exist and values that make no sense are refused in one line, with",
         "exit status 2. The other statuses of `serve`: 0 after SIGTERM or Ctrl-C, 1 when the engine cannot start",
-        "(or cannot come back five times in a row), or when a second signal cut the shutdown short.",
+        "(or cannot come back five times in a row), or when a second signal cut the shutdown short. The other commands",
+        "end with 0, with 1 when a file is not what it should be (`plan`: or memory does not suffice), or with 2.",
     ]
     for title, config in (("Engine", EngineConfig), ("Server", ServerConfig)):
         lines += ["", f"## {title}", "", "| flag | environment | values | default | what it does |"]

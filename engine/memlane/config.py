@@ -56,10 +56,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seed: Annotated[
         Annotated[int, Meta(ge=0)], Help(description="seed of requests that bring none of their own")
     ] = 0
+    record_rows: Annotated[
+        str | None,
+        Help(description="new file that the rows asked for are recorded in, for `memlane cache-sim`"),
+    ] = None
+    record_rows_limit: Annotated[str, Help(description="size at which recording rows ends")] = "1GiB"
 
     def __post_init__(self) -> None:
         """Sizes that cannot be read are refused here, before anything is loaded."""
         parse_bytes(self.row_cache, whole=0, option="row_cache")
+        parse_bytes(self.record_rows_limit, option="record_rows_limit")
         if self.kv_cache != "auto":
             parse_bytes(self.kv_cache, option="kv_cache")
 

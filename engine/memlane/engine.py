@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memlane import reporting
+from memlane import recording, reporting
 from memlane.checkpoints import resolve
 from memlane.choices import Choices, available_memory
 from memlane.config import EngineConfig
@@ -49,6 +49,7 @@ class Engine:
 
         Raises CheckpointError, ConfigError.
         """
+        recording.check(config)
         choices = Choices(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -73,6 +74,7 @@ class Engine:
         self.steps = self.last_step_tokens = 0
         self._accepted = self._prompt_tokens = self._generation_tokens = 0
         self._eos_ids = frozenset(self.model.config.eos_token_ids)
+        self._recorder = recording.start(config, self.model)
 
     @property
     def unfinished(self) -> int:
@@ -174,7 +176,9 @@ class Engine:
         assert members == set(self.sequences.values()), "scheduler and engine disagree on who is alive"
 
     def close(self) -> None:
-        """Close the model's tables."""
+        """Close the model's tables, and the record of rows."""
+        if self._recorder is not None:
+            self._recorder.close()
         self.model.close()
 
     def _compute(self, plan: StepPlan) -> _Computed:

@@ -56,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_convert(commands)
     _add_check(commands)
+    _add_cache_sim(commands)
+    _add_plan(commands)
     return top
 
 
@@ -152,6 +154,61 @@ def _check(given: argparse.Namespace) -> int:
     from memlane_server.check import check  # needs torch
 
     return check(given.model, given.against, given.json)
+
+
+def _add_cache_sim(commands: Any) -> None:
+    sim = commands.add_parser(
+        "cache-sim",
+        help="replay recorded rows over cache sizes and policies",
+        description="Replay what `memlane serve --record-rows FILE` recorded over cache sizes and policies.",
+        allow_abbrev=False,
+    )
+    sim.add_argument("file", metavar="FILE", help="what was recorded")
+    sim.add_argument("--table", metavar="NAME", help="one table only [all]")
+    sim.add_argument(
+        "--sizes", metavar="LIST", help="sizes a table: 64MiB or 5%%, with commas between [nine]"
+    )
+    sim.add_argument("--policies", metavar="LIST", help="policies, with commas between [all there are]")
+    sim.add_argument(
+        "--budget", metavar="SIZE", help="RAM as --row-cache takes it [what was served with, else 25%%]"
+    )
+    sim.add_argument(
+        "--warm-up", metavar="PART", default="20%", help="beginning that is not counted [%(default)s]"
+    )
+    sim.add_argument("--plot", metavar="PNG", help="draw the curves (needs matplotlib)")
+    sim.add_argument("--json", metavar="FILE", help="write the numbers")
+    sim.set_defaults(run=_cache_sim, parser=sim)
+
+
+def _cache_sim(given: argparse.Namespace) -> int:
+    from memlane_server.cache_sim import SIZES, cache_sim  # needs numpy and the native core
+
+    sizes = given.sizes or SIZES
+    return cache_sim(
+        given.file, given.table, sizes, given.policies, given.budget, given.warm_up, given.plot, given.json
+    )
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="what a model needs on this machine, and how to serve it",
+        description="What a model needs in RAM and on disk on this machine, and the command to serve it with.",
+        allow_abbrev=False,
+    )
+    plan.add_argument("model", metavar="MODEL", help="model directory or checkpoint; nothing is loaded")
+    plan.add_argument("--memory", metavar="SIZE", help="RAM to plan with [what is available here]")
+    plan.add_argument(
+        "--trace", metavar="FILE", help="rows recorded with --record-rows, to size the cache by"
+    )
+    plan.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    plan.set_defaults(run=_plan, parser=plan)
+
+
+def _plan(given: argparse.Namespace) -> int:
+    from memlane_server.plan import plan  # needs torch
+
+    return plan(given.model, given.memory, given.trace, given.json)
 
 
 if __name__ == "__main__":

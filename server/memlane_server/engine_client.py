@@ -218,6 +218,9 @@ class EngineClient:
                 backoff = FIRST_BACKOFF
             self.state, self.reason = State.RESTARTING, reason
             log.error("%s; restarting it in %.1f s", reason, backoff)
+            if self._config.record_rows is not None:
+                log.warning("rows are not recorded any more: %s is kept as it is", self._config.record_rows)
+                self._config = msgspec.structs.replace(self._config, record_rows=None)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), backoff)
             backoff = min(2 * backoff, LONGEST_BACKOFF)

@@ -36,6 +36,8 @@ class FakeEngine:
     def __init__(self, address: str, config: EngineConfig) -> None:
         self.directory = Path(config.model)
         self.max_model_len = config.max_model_len or 512
+        if config.record_rows is not None:
+            self.note(f"records rows in {config.record_rows}")
         self.socket = zmq.asyncio.Context().socket(zmq.PAIR)
         self.socket.connect(address)
         self.tasks: dict[str, asyncio.Task[None]] = {}

@@ -177,6 +177,17 @@ def test_an_engine_killed_under_load_comes_back(toy: Path) -> None:
         assert not list(Path("/tmp").glob(f"memlane-*/{first}"))
 
 
+def test_a_new_engine_leaves_the_record_of_the_dead_one_alone(toy: Path, tmp_path: Path) -> None:
+    """It would be refused for the file that exists, and the server could not come back."""
+    with Server(toy, "--record-rows", str(tmp_path / "rows")) as server:
+        server.ready()
+        assert server.received.count(f"records rows in {tmp_path / 'rows'}") == 1
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        server.until(lambda: "rows are not recorded any more" in server.log)
+        server.ready()
+        assert server.received.count(f"records rows in {tmp_path / 'rows'}") == 1
+
+
 def test_an_engine_that_ends_by_itself_mid_stream(toy: Path) -> None:
     with Server(toy) as server:
         server.ready()

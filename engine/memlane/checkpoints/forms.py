@@ -38,9 +38,15 @@ def detect(path: str | Path) -> str:
     )
 
 
-def open_checkpoint(path: str | Path, tokenizer: str | Path | None = None) -> Checkpoint:
-    """The checkpoint in a folder of any known form. tokenizer: a tokenizer file or folder that replaces its own."""
-    checkpoint = _READERS[detect(path)](checkpoint_directory(path))
+def open_checkpoint(
+    path: str | Path, tokenizer: str | Path | None = None, *, verify: bool = True
+) -> Checkpoint:
+    """The checkpoint in a folder of any known form. tokenizer: a tokenizer file or folder that replaces its own.
+
+    verify: check files against the checksums they come with; some forms have them in a place that makes this read all.
+    """
+    form, directory = detect(path), checkpoint_directory(path)
+    checkpoint = open_smlm(directory, verify=verify) if form == "smlm" else _READERS[form](directory)
     if tokenizer is not None:
         files = given_tokenizer(Path(tokenizer))
         config = fit(Path(tokenizer), checkpoint.config, files)
@@ -74,4 +80,4 @@ def _open_lingua(directory: Path) -> Checkpoint:
     return open_consolidated(_consolidated(directory) or directory)
 
 
-_READERS = {"memlane": open_directory, "smlm": open_smlm, "lingua": _open_lingua, "lingua-dcp": open_dcp}
+_READERS = {"memlane": open_directory, "lingua": _open_lingua, "lingua-dcp": open_dcp}

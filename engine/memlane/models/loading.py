@@ -22,7 +22,7 @@ from memlane.tables.errors import TableError
 from memlane.tables.layout import RowFormat
 from memlane.tables.table import Placement
 
-__all__ = ["LoadedModel", "load_model", "table_bytes"]
+__all__ = ["LoadedModel", "load_model", "served_dtype", "table_bytes"]
 
 # Weights that stay fp32 in a bf16 model: those that choose rows (near-ties flip rows), and norm gains, which multiply
 # before the cast.
@@ -105,6 +105,11 @@ def table_bytes(directory: Path) -> int:
     return 0 if memory is None else memory.rows * memory.row_bytes * len(config.table_names())
 
 
+def served_dtype(weight: str, dtype: torch.dtype) -> torch.dtype:
+    """What a dense weight is held in by a model of that dtype."""
+    return torch.float32 if weight.endswith(_ALWAYS_FP32) else dtype
+
+
 def _dtype(dtype: str, config: ModelConfig) -> torch.dtype:
     name = config.dtype if dtype == "auto" else dtype
     if name not in DTYPES:
@@ -135,8 +140,7 @@ def _build(checkpoint: Checkpoint, tables: Mapping[str, Table], dtype: torch.dty
         model = Transformer(checkpoint.config, tables)
     weights = {}
     for tensor in checkpoint.dense:
-        wide = tensor.name.endswith(_ALWAYS_FP32)
-        weights[tensor.name] = tensor.load().to(torch.float32 if wide else dtype)
+        weights[tensor.name] = tensor.load().to(served_dtype(tensor.name, dtype))
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval()
 

@@ -45,7 +45,9 @@ class RowCache:
     order in which they began. Rows of a batch cannot be evicted while it is under way.
     """
 
-    def __init__(self, rows: int, stride: int, cache_bytes: int, source: RowSource, policy: str = "lru") -> None:
+    def __init__(
+        self, rows: int, stride: int, cache_bytes: int, source: RowSource, policy: str = "lru"
+    ) -> None:
         """A cache of as many rows as fit cache_bytes (none is possible: every row then goes through scratch)."""
         slots = min(rows, max(0, cache_bytes) // stride)
         scratch = 0 if slots == rows else min(rows, _MOST_SCRATCH_ROWS, max(1, _SCRATCH_BYTES // stride))

@@ -33,3 +33,4 @@ void bind_kernels(nb::module_& module);
 void bind_index(nb::module_& module);
 void bind_reader(nb::module_& module);
 void bind_checksums(nb::module_& module);
+void bind_trace(nb::module_& module);

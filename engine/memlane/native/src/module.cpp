@@ -8,4 +8,5 @@ NB_MODULE(_core, module) {
   bind_reader(module);
   bind_kernels(module);
   bind_checksums(module);
+  bind_trace(module);
 }
