@@ -225,6 +225,7 @@ def test_lookups_under_way_at_once(
             continue
         lookup, asked, given = under_way.pop(0)
         summing = given.shape == asked.shape
+        error = None
         try:
             if step % 7 == 0:
                 lookup.close()
@@ -232,13 +233,14 @@ def test_lookups_under_way_at_once(
                 assert torch.equal(lookup.weighted_sum(given), host.weighted_sum(asked, given))
             else:
                 assert torch.equal(lookup.dot(given), host.dot(asked, given))
-        except RowReadError as error:
+        except RowReadError as raised:
+            error = raised
+        if error is not None:
             failed += 1
             bad = set(error.rows)
             assert bad
             assert bad <= set(asked.flatten().tolist())
-            hit = [i for i, row in enumerate(asked.tolist()) if bad & set(row)]
-            assert error.tokens == hit
+            assert error.tokens == [i for i, row in enumerate(asked.tolist()) if bad & set(row)]
         table.check_integrity()
     under_way[0][0].close()
     table.check_integrity()

@@ -107,8 +107,11 @@ class CacheBatch:
         self._served = 0  # ids that have had their part
         self._bad: list[int] = []
 
-    def start(self) -> None:
-        """Looks up what is not yet served and starts reading; as many ids as there are slots for, perhaps none."""
+    def start(self) -> int:
+        """Looks up what is not yet served and starts reading: as many ids as there are slots for, perhaps none.
+
+        Returns how many.
+        """
         index, cache, begin = self._cache.index, self._cache, self._served
         read = None
         try:
@@ -122,6 +125,7 @@ class CacheBatch:
             raise
         self._served += count
         self._part = Part(begin, self._slots[:count], read)
+        return count
 
     def parts(self) -> Generator[Part]:
         """The parts of the batch, one after the other; each part's slots hold until the next is asked for.
@@ -139,8 +143,7 @@ class CacheBatch:
             if self._served == len(self._ids):
                 return
             self._cache.index.release_scratch(self.number)
-            self.start()
-            if not len(self._part.slots):
+            if not self.start():
                 raise TableError("lookups of a table must end in the order in which they began")
 
     def _finish(self, part: Part) -> None:

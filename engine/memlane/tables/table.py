@@ -148,10 +148,12 @@ class ValueTable:
         with self.busy() as view:
             if self.recorder is not None:
                 self.recorder(flat)
+            batch = None
             if self.cache is not None:
-                return TableLookup(self, flat, *ids.shape, self.cache.begin(flat))
-            view.check(flat)
-            return TableLookup(self, flat, *ids.shape, None)
+                batch = self.cache.begin(flat)
+            else:
+                view.check(flat)
+            return TableLookup(self, flat, ids.shape[0], ids.shape[1], batch)
 
     def weighted_sum(self, ids: Tensor, weights: Tensor) -> Tensor:
         """ids int32 or int64 [tokens, k], weights fp32 [tokens, k] -> fp32 [tokens, width], on the CPU.
