@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from golden import NAMES, Golden, full_logits, greedy
-from torch import Tensor, nn
+from torch import Tensor
 
 from memlane.checkpoints import convert, detect
+from memlane.models import MemoryLayer
 from memlane.models.loading import LoadedModel, load_model
+from memlane.models.memory import Pending
 
 LOGITS_TOLERANCE = 2e-4
 
@@ -41,13 +43,21 @@ def model(request: pytest.FixtureRequest, converted: Path) -> Iterator[LoadedMod
 
 
 @torch.inference_mode()
-def test_logits_rows_and_memory_outputs(golden: Golden, model: LoadedModel) -> None:
+def test_logits_rows_and_memory_outputs(
+    golden: Golden, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def watch(layer: int, memory: nn.Module) -> None:
-        memory.register_forward_hook(lambda _, args, output: seen.update({layer: (args[0], output)}))
-
     blocks = model.transformer.layers
+
+    def watch(layer: int, memory: MemoryLayer) -> None:
+        begin = memory.begin
+
+        def watched(x: Tensor) -> Pending:
+            seen[layer] = x, begin(x).finish()
+            return begin(x)
+
+        monkeypatch.setattr(memory, "begin", watched)
+
     for layer, block in enumerate(blocks):
         if block.memory is not None:
             watch(layer, block.memory)

@@ -6,7 +6,24 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Table"]
+__all__ = ["Lookup", "Table"]
+
+
+class Lookup(Protocol):
+    """Rows that were asked for with `Table.begin` and may still be on their way.
+
+    Exactly one of `weighted_sum` and `dot` ends it: that waits for the rows that are missing, and raises RowReadError,
+    with tokens counted within this lookup, if some could not be read. What is no longer wanted must be closed.
+    """
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """weights fp32 [tokens, k] -> sum over k of weights * rows, fp32 [tokens, width]."""
+
+    def dot(self, x: Tensor) -> Tensor:
+        """x fp32 [tokens, width] -> inner products of each row with its token's x, fp32 [tokens, k]."""
+
+    def close(self) -> None:
+        """Give the rows up. Idempotent, and allowed after the end."""
 
 
 @runtime_checkable
@@ -29,8 +46,14 @@ class Table(Protocol):
     def width(self) -> int:
         """Numbers in a row."""
 
+    def begin(self, ids: Tensor) -> Lookup:
+        """ids [tokens, k] -> a lookup whose missing rows are being read; does not wait for them.
+
+        At most two lookups of a table are open at a time, and they end in the order in which they began.
+        """
+
     def weighted_sum(self, ids: Tensor, weights: Tensor) -> Tensor:
-        """ids [tokens, k], weights fp32 [tokens, k] -> sum over k of weights * rows, fp32 [tokens, width]."""
+        """ids [tokens, k], weights fp32 [tokens, k] -> fp32 [tokens, width]; `begin(ids).weighted_sum(weights)`."""
 
     def dot(self, ids: Tensor, x: Tensor) -> Tensor:
         """ids [tokens, k], x fp32 [tokens, width] -> inner products of each row with its token's x, [tokens, k]."""

@@ -25,6 +25,8 @@ from memlane.native import Arena, RowView
 from memlane.tables.cache import Ids, RowCache
 from memlane.tables.errors import RowReadError, TableError
 from memlane.tables.layout import TableLayout
+from memlane.tables.protocol import Lookup
+from memlane.tables.reference import ReferenceLookup
 from memlane.tables.source import FileIO, FileSource
 from memlane.tables.stats import TableStats
 
@@ -118,6 +120,10 @@ class ValueTable:
     @property
     def placement(self) -> Placement:
         return "host" if self._cache is None else "disk"
+
+    def begin(self, ids: Tensor) -> Lookup:
+        """ids int32 or int64 [tokens, k] -> a lookup of them; rows are read when it ends."""
+        return ReferenceLookup(self, ids)
 
     def weighted_sum(self, ids: Tensor, weights: Tensor) -> Tensor:
         """ids int32 or int64 [tokens, k], weights fp32 [tokens, k] -> fp32 [tokens, width], on the CPU.
