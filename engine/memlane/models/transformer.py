@@ -104,6 +104,7 @@ class Transformer(nn.Module):
         rope = rope_at(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed(token_ids)
         for block in self.layers:
+            assert isinstance(block, Block)
             x = yield from block.run(x, rope, attention)
         out: Tensor = self.norm(x)
         return out
