@@ -18,7 +18,7 @@ from memlane.errors import ErrorKind, RequestError
 from memlane.ipc import Add, Stats
 from memlane.models.loading import LoadedModel, load_model, table_bytes
 from memlane.request import Failure, FinishReason, SamplingParams, TokenDelta
-from memlane.runner import KVCache, Runner, Sampled, sample
+from memlane.runner import DecodeSplit, KVCache, Runner, Sampled, sample
 from memlane.runner.random_numbers import derive_seed
 from memlane.scheduler import Scheduler, Sequence, StepPlan
 from memlane.tables import RowReadError
@@ -67,7 +67,8 @@ class Engine:
             prefix_caching=config.prefix_caching,
         )
         cache = KVCache(self.model.config, kv.blocks, config.block_size, dtype, self.device)
-        self.runner = Runner(self.model.transformer, cache)
+        self.decode_split = DecodeSplit(self._stall_seconds)
+        self.runner = Runner(self.model.transformer, cache, self.decode_split.wanted)
         self.sequences: dict[str, Sequence] = {}  # accepted and not ended
         self._outbox: list[TokenDelta] = []  # of the step under way: survives an exception in its middle
         self.steps = self.last_step_tokens = 0
@@ -181,7 +182,8 @@ class Engine:
         """Run the plan. Sequences that need rows that cannot be read fail; the others run again without them."""
         while plan.chunks:
             try:
-                return _Computed(plan, self.runner.run(plan))
+                with self.decode_split.watch(plan):
+                    return _Computed(plan, self.runner.run(plan))
             except RowReadError as error:
                 logger.error("%s", error)
                 lost = _owners(plan, error.tokens)
@@ -189,6 +191,9 @@ class Engine:
                 self._outbox += [self._fail(sequence, failure) for sequence in lost]
                 plan = plan.without(set(lost))
         return _Computed(plan, torch.empty(0, 0))
+
+    def _stall_seconds(self) -> float:
+        return sum(table.stats().stall_seconds for table in self.model.tables.values())
 
     def _check_partial(self, plan: StepPlan, logits: Tensor) -> None:
         """Fail prompts that went wrong before their end, lest what they leave behind reaches other sequences."""

@@ -50,7 +50,7 @@ class Runner:
             hidden = torch.cat(halves.alternate(self._pieces(first, 0), self._pieces(second, middle)))
         else:
             hidden = finish(self._pieces(plan, 0))
-        if plan.singles < len(plan.chunks) and not all_logits:
+        if not (plan.all_single or all_logits):
             ends = [end - 1 for end in accumulate(chunk.length for chunk in plan.chunks)]
             hidden = hidden.index_select(0, torch.tensor(ends, device=self.device))
         return self.transformer.logits(hidden)
@@ -62,7 +62,7 @@ class Runner:
         """
         if self.transformer.config.memory is None:
             return False
-        if plan.singles == len(plan.chunks):
+        if plan.all_single:
             return plan.singles > 1 and self.split_decode(plan.singles)
         return plan.tokens >= 2 * halves.MIN_TOKENS
 
