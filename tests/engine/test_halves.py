@@ -6,7 +6,9 @@ import dataclasses
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import tiny
@@ -194,6 +196,21 @@ def test_one_half_computes_while_the_other_reads() -> None:
         ("end", b), ("attn 2", b), ("attn 3", b), ("begin", b),  # while A's are
         ("end", a), ("end", b),
     ]  # fmt: skip
+
+
+def test_an_engine_that_waits_for_rows_tries_halves() -> None:
+    """As its tables report it, all the time is spent waiting."""
+    table = SlowTable(tiny.table())
+    e = engine({"values": table}, max_num_seqs=40)
+    e.model.tables["values"] = cast(
+        Any, SimpleNamespace(stats=lambda: SimpleNamespace(stall_seconds=perf_counter()))
+    )
+    for i in range(40):
+        e.add(request(f"r{i}", prompt(1, i), tiny.greedy(max_tokens=20)))
+    while e.unfinished:
+        e.step()
+    begun = [count for what, count in table.events if what == "begin"]
+    assert begun == [40] * 16 + [20] * 2 * 4
 
 
 # --- whatever fails ---

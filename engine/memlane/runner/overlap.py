@@ -10,6 +10,7 @@ Halves read all weights twice, so they pay only where much is waited for; how mu
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from statistics import fmean
 from memlane.scheduler import StepPlan
 
 __all__ = ["DecodeSplit"]
+
+logger = logging.getLogger(__name__)
 
 MIN_SEQUENCES = 32  # halves of fewer than 16 rows take other matrix kernels, which round differently
 MIN_STALL_SHARE = 0.2
@@ -68,8 +71,13 @@ class DecodeSplit:
 
     def _judge(self, tried: float) -> None:
         """Go the way of the trial if it was clearly faster."""
-        if tried < (1 - MARGIN) * self._usual.value:
+        usual = self._usual.value
+        if tried < (1 - MARGIN) * usual:
             self._split = not self._split
+            way = "in two halves" if self._split else "whole"
+            logger.info(
+                "large decode batches run %s: %.0f µs a sequence, not %.0f", way, 1e6 * tried, 1e6 * usual
+            )
             self._usual, self._stall_share = _RunningMean(), _RunningMean()
         self._trial = None
         self._rest = SETTLED_STEPS
