@@ -17,6 +17,9 @@ from msgspec import Meta
 from memlane.errors import ConfigError
 
 Placement = Literal["auto", "host", "disk"]
+TableIO = Literal["auto", "direct", "buffered"]
+CachePolicy = Literal["lru", "sieve", "s3fifo", "tinylfu"]
+WarmStart = Literal["auto", "saved", "hot-rows", "off"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Help = Meta  # Annotated[type, Help(description="…")] reads as what it is
 
@@ -37,6 +40,30 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         str,
         Help(description="RAM for cached rows of tables on disk: bytes (64MiB) or part of the tables (25%)"),
     ] = "25%"
+    cache_policy: Annotated[
+        CachePolicy, Help(description="which cached rows make way for others; see `memlane cache-sim`")
+    ] = "lru"
+    pin_rows: Annotated[
+        str,
+        Help(
+            description="part of the row cache, or bytes, for the hottest rows of hot_rows.npy: never evicted"
+        ),
+    ] = "0%"
+    table_io: Annotated[
+        TableIO,
+        Help(description="how rows on disk are read: past the page cache (direct), or through it (buffered)"),
+    ] = "auto"
+    read_timeout: Annotated[
+        Annotated[float, Meta(gt=0)],
+        Help(description="seconds after which a read of rows counts as failed"),
+    ] = 30.0
+    warm_start: Annotated[
+        WarmStart,
+        Help(
+            description="rows the cache begins with: those of the last run (saved), hot_rows.npy, or either"
+        ),
+    ] = "auto"
+    warm_wait: Annotated[bool, Help(description="be ready only when the cache is warm")] = False
     dtype: Annotated[Dtype, Help(description="type of the dense weights and activations")] = "auto"
     max_model_len: Annotated[
         Annotated[int, Meta(ge=2)] | None,
@@ -65,6 +92,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         """Sizes that cannot be read are refused here, before anything is loaded."""
         parse_bytes(self.row_cache, whole=0, option="row_cache")
+        parse_bytes(self.pin_rows, whole=0, option="pin_rows")
         parse_bytes(self.record_rows_limit, option="record_rows_limit")
         if self.kv_cache != "auto":
             parse_bytes(self.kv_cache, option="kv_cache")

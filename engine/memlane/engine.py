@@ -16,12 +16,13 @@ from memlane.choices import Choices, available_memory
 from memlane.config import EngineConfig
 from memlane.errors import ErrorKind, RequestError
 from memlane.ipc import Add, Stats
-from memlane.models.loading import LoadedModel, load_model, table_bytes
+from memlane.models.loading import LoadedModel, TableOptions, load_model, table_bytes
 from memlane.request import Failure, FinishReason, SamplingParams, TokenDelta
-from memlane.runner import KVCache, Runner, Sampled, sample
+from memlane.runner import DecodeSplit, KVCache, Runner, Sampled, sample
 from memlane.runner.random_numbers import derive_seed
 from memlane.scheduler import Scheduler, Sequence, StepPlan
 from memlane.tables import RowReadError
+from memlane.warming import WarmStart
 
 __all__ = ["Engine"]
 
@@ -68,13 +69,15 @@ class Engine:
             prefix_caching=config.prefix_caching,
         )
         cache = KVCache(self.model.config, kv.blocks, config.block_size, dtype, self.device)
-        self.runner = Runner(self.model.transformer, cache)
+        self.decode_split = DecodeSplit(self._stall_seconds)
+        self.runner = Runner(self.model.transformer, cache, self.decode_split.wanted)
         self.sequences: dict[str, Sequence] = {}  # accepted and not ended
         self._outbox: list[TokenDelta] = []  # of the step under way: survives an exception in its middle
         self.steps = self.last_step_tokens = 0
         self._accepted = self._prompt_tokens = self._generation_tokens = 0
         self._eos_ids = frozenset(self.model.config.eos_token_ids)
         self._recorder = recording.start(config, self.model)
+        self._warm_start = WarmStart(config, self.model)
 
     @property
     def unfinished(self) -> int:
@@ -83,6 +86,9 @@ class Engine:
 
     def step(self) -> list[TokenDelta]:
         """Compute one batch. Returns the new tokens, and the ends of sequences that finished or failed."""
+        self._warm_start.advance(
+            0.0
+        )  # takes in what has come and asks for more, which is read during the step
         plan, logits = self._compute(self.scheduler.schedule())
         rows = [row for row, chunk in enumerate(plan.chunks) if chunk.samples]
         partial = len(rows) < len(plan.chunks)
@@ -175,8 +181,16 @@ class Engine:
         members = {*self.scheduler.running, *self.scheduler.waiting}
         assert members == set(self.sequences.values()), "scheduler and engine disagree on who is alive"
 
+    def use_idle_time(self, patience: float) -> bool:
+        """Do what can wait until nothing else is to be done, for about `patience` seconds; whether more is left."""
+        more = self._warm_start.advance(patience)
+        if not more:
+            self._warm_start.save_now_and_then()
+        return more
+
     def close(self) -> None:
-        """Close the model's tables, and the record of rows."""
+        """Close the model's tables, and the record of rows; save what the row caches held for the next start."""
+        self._warm_start.save()
         if self._recorder is not None:
             self._recorder.close()
         self.model.close()
@@ -185,7 +199,8 @@ class Engine:
         """Run the plan. Sequences that need rows that cannot be read fail; the others run again without them."""
         while plan.chunks:
             try:
-                return _Computed(plan, self.runner.run(plan))
+                with self.decode_split.watch(plan):
+                    return _Computed(plan, self.runner.run(plan))
             except RowReadError as error:
                 logger.error("%s", error)
                 lost = _owners(plan, error.tokens)
@@ -193,6 +208,9 @@ class Engine:
                 self._outbox += [self._fail(sequence, failure) for sequence in lost]
                 plan = plan.without(set(lost))
         return _Computed(plan, torch.empty(0, 0))
+
+    def _stall_seconds(self) -> float:
+        return sum(table.stats().stall_seconds for table in self.model.tables.values())
 
     def _check_partial(self, plan: StepPlan, logits: Tensor) -> None:
         """Fail prompts that went wrong before their end, lest what they leave behind reaches other sequences."""
@@ -286,10 +304,16 @@ class Engine:
 def _load(config: EngineConfig, choices: Choices) -> LoadedModel:
     directory = resolve(Path(config.model), tokenizer=config.tokenizer)
     size = table_bytes(directory)
-    return load_model(
-        directory,
+    tables = TableOptions(
         placement=choices.placement(size, available_memory()),
         cache_bytes=choices.cache_bytes(size),
+        policy=config.cache_policy,
+        io=config.table_io,
+        deadline=config.read_timeout,
+    )
+    return load_model(
+        directory,
+        tables=tables,
         dtype=choices.dtype("cpu"),
         tokenizer=config.tokenizer,
     )

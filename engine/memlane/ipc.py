@@ -68,6 +68,7 @@ class TableStats(msgspec.Struct, frozen=True, kw_only=True):
         str, float
     ]  # ever-growing: calls, requested_rows, unique_rows, hits, misses, bytes_read, ...
     gauges: dict[str, float]  # present state: resident_bytes, capacity_bytes, used_slots, in_flight, ...
+    info: dict[str, str] = {}  # how it is served: placement, backend, policy
 
 
 class Stats(msgspec.Struct, frozen=True, tag="stats", kw_only=True):

@@ -11,8 +11,18 @@ from memlane.tables import TableStats
 
 __all__ = ["resident_bytes", "table_stats"]
 
-_GAUGES = ("in_flight", "cache_slots", "used_slots", "row_bytes", "capacity_bytes", "resident_bytes")
-_NAMES = ("name", "placement", "tier", "backend")
+_GAUGES = (
+    "in_flight",
+    "warming_rows",
+    "cache_slots",
+    "used_slots",
+    "pinned_slots",
+    "row_bytes",
+    "capacity_bytes",
+    "resident_bytes",
+    "page_cache_bytes",
+)
+_NAMES = ("name", "placement", "tier", "backend", "policy")
 
 
 def table_stats(stats: TableStats) -> ipc.TableStats:
@@ -22,7 +32,8 @@ def table_stats(stats: TableStats) -> ipc.TableStats:
         table=stats.name,
         tier=stats.tier,
         counters={k: v for k, v in values.items() if k not in _GAUGES},
-        gauges={k: values[k] for k in _GAUGES},
+        gauges={k: values[k] for k in _GAUGES if values[k] >= 0},  # below: unknown
+        info={"placement": stats.placement, "backend": stats.backend, "policy": stats.policy},
     )
 
 

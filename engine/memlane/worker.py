@@ -44,6 +44,7 @@ __all__ = ["Worker", "main"]
 logger = logging.getLogger("memlane.worker")  # not __main__
 
 BUSY_INTERVAL = 0.1  # seconds between Stats while requests run
+IDLE_SLICE = 0.01  # seconds that a message may have to wait for what is done in idle moments
 IDLE_INTERVAL = 0.9  # when idle; at least one a second is promised
 _LINGER_MS = 5000  # how long the last messages may take to leave when the process ends
 _PR_SET_PDEATHSIG = 1
@@ -109,9 +110,15 @@ class Worker:
         )
 
     def _wait(self) -> None:
-        """Sleep until a message comes, telling once in a while that we live."""
+        """Until a message comes: do what waited for such a moment, then sleep; tell once in a while that we live."""
+        while self.engine.use_idle_time(IDLE_SLICE):
+            if self.socket.poll(0):
+                return
+            if time.monotonic() - self._stats_sent >= BUSY_INTERVAL:
+                self._send_stats()
         while not self.socket.poll(int(IDLE_INTERVAL * 1000)):
             self._send_stats()
+            self.engine.use_idle_time(0.0)
 
     def _receive(self) -> None:
         """Act on every message that is there."""

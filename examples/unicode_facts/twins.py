@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,25 @@ from tokenizer import BOS_ID, EOS_ID
 TABLE = "values"
 
 
+class AtHand(NamedTuple):
+    """A layer's output for which there is nothing to wait."""
+
+    out: Tensor
+
+    def finish(self) -> Tensor:
+        return self.out
+
+    def close(self) -> None:
+        pass
+
+
 class TrainingMemoryLayer(MemoryLayer):
     """The served layer with its look-up and weighted sum as one autograd function over a `TrainingTable`."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def begin(self, x: Tensor) -> AtHand:
         query = self.query(x).view(x.shape[0], self.config.num_heads, 2, -1)
         bag = ProductKeyRead.apply(query, self.keys, self._tables[0], self.config.knn)
-        return self._project(bag, x)
+        return AtHand(self._project(bag, x))
 
 
 class TrainingLinear(nn.Linear):

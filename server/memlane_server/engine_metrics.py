@@ -38,17 +38,24 @@ TABLE_COUNTERS: Final[dict[str, tuple[str, str]]] = {
     "bytes_read": ("table_bytes_read", "Bytes read from where the table lies."),
     "reads": ("table_reads", "Read operations; neighbouring rows are read in one."),
     "retries": ("table_read_retries", "Reads repeated after a short read or EAGAIN."),
-    "read_seconds": ("table_read_seconds", "Time spent in reads."),
-    "stall_seconds": ("table_stall_seconds", "Time in which a step was blocked by reads."),
+    "read_seconds": (
+        "table_read_seconds",
+        "Time from start to end of each batch's reads; computing may go on.",
+    ),
+    "stall_seconds": ("table_stall_seconds", "Time in which a step could do nothing but wait for reads."),
     "errors": ("table_io_errors", "Rows that could not be read."),
+    "corrupt_pages": ("table_corrupt_pages", "Pages of 4 KiB whose bytes did not match their checksum."),
 }
 TABLE_GAUGES: Final[dict[str, tuple[str, str]]] = {
     "in_flight": ("table_io_inflight", "Reads in flight."),
+    "warming_rows": ("table_warming_rows", "Rows still to be read to warm the cache."),
     "cache_slots": ("table_cache_slots", "Rows that the cache has room for."),
     "used_slots": ("table_cache_used_slots", "Rows in the cache."),
+    "pinned_slots": ("table_cache_pinned_slots", "Rows in the cache that are never evicted."),
     "row_bytes": ("table_row_bytes", "Bytes of one row as it is stored."),
     "capacity_bytes": ("table_capacity_bytes", "Budget of the cache, or the table where it lies in RAM."),
     "resident_bytes": ("table_resident_bytes", "Bytes of rows, index and buffers in RAM."),
+    "page_cache_bytes": ("table_page_cache_bytes", "Bytes of the table's file in the system's page cache."),
 }
 
 PREFIX: Final = "memlane:"
@@ -166,12 +173,26 @@ class EngineCollector(Collector):
         for name, (metric, text) in TABLE_GAUGES.items():
             gauge = GaugeMetricFamily(PREFIX + metric, text, labels=labels)
             for table in self._stats.tables if self._stats else []:
-                gauge.add_metric([*self._labels, table.table, table.tier], table.gauges.get(name, 0.0))
+                if name in table.gauges:
+                    gauge.add_metric([*self._labels, table.table, table.tier], table.gauges[name])
             yield gauge
+        yield self._table_info()
         yield self._per_table("table_cache_hit_ratio", "Hits per requested row since start.", "hits", labels)
         yield self._per_table(
             "table_dedup_ratio", "Different rows per requested row since start.", "unique_rows", labels
         )
+
+    def _table_info(self) -> GaugeMetricFamily:
+        names = ["placement", "backend", "policy"]
+        family = GaugeMetricFamily(
+            PREFIX + "table_info",
+            "How the table is served.",
+            labels=[*self._label_names, "table", "tier", *names],
+        )
+        for table in self._stats.tables if self._stats else []:
+            values = [table.info.get(name, "") for name in names]
+            family.add_metric([*self._labels, table.table, table.tier, *values], 1)
+        return family
 
     def _per_table(self, metric: str, text: str, name: str, labels: list[str]) -> GaugeMetricFamily:
         """A counter in proportion to the rows requested, for people who look without a query language."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from memlane.models import Transformer
-from memlane.tables import RowReadError
+from memlane.tables import Lookup, RowReadError
+from memlane.tables.reference import ReferenceLookup
 
 POISON = tiny.VOCAB - 2  # a token whose embedding is NaN in `poisoned`
 
@@ -23,6 +24,9 @@ class FaultyTable:
         self.bad: set[int] = set()
         self.asked: set[int] = set()
         self.name, self.rows, self.width = self._table.name, self._table.rows, self._table.width
+
+    def begin(self, ids: Tensor) -> Lookup:
+        return ReferenceLookup(self, ids)
 
     def weighted_sum(self, ids: Tensor, weights: Tensor) -> Tensor:
         self.asked.update(ids.flatten().tolist())

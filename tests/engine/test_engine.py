@@ -62,6 +62,8 @@ def assert_idle(e: Engine) -> None:
         {"block_size": 16, "max_num_seqs": 2},
         {"kv_blocks": 16},
         {"kv_blocks": 16, "prefix_caching": False, "max_num_batched_tokens": 5},
+        {"split": True},
+        {"split": True, "kv_blocks": 16, "max_num_batched_tokens": 11},
     ],
     ids=str,
 )
@@ -311,10 +313,11 @@ def _pair_with_private_row(
     return victim, other
 
 
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "halves"])
 @pytest.mark.parametrize("prompt_row", [True, False], ids=["prefill", "decode"])
-def test_only_the_sequence_that_needs_an_unreadable_row_fails(prompt_row: bool) -> None:
+def test_only_the_sequence_that_needs_an_unreadable_row_fails(prompt_row: bool, split: bool) -> None:
     table = faulty.FaultyTable()
-    e = engine({"values": table})
+    e = engine({"values": table}, split=split)
     victim, other = _pair_with_private_row(table, prompt_row=prompt_row)
     e.add(request("victim", victim))
     e.add(request("other", other))
@@ -433,6 +436,7 @@ def test_random_lives(seed: int) -> None:
         max_num_batched_tokens=rng.choice([3, 9, 40]),
         max_num_seqs=rng.randint(1, 5),
         prefix_caching=rng.random() < 0.7,
+        split=bool(seed % 2),
     )
     prompts = [prompt(n, 50)[:n] for n in (1, 6, 13)] + [prompt(13, 50)[:9] + prompt(4, 51)]
     needed = sorted(faulty.rows_of(prompts[2]))

@@ -34,14 +34,14 @@ def model(tmp_path: Path) -> Path:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The row ids that memory layers choose, lookup by lookup."""
     found: list[list[int]] = []
-    lookup = MemoryLayer.lookup
+    lookup = MemoryLayer.choose
 
     def listening(layer: MemoryLayer, x: Tensor) -> tuple[Tensor, Tensor]:
         ids, weights = lookup(layer, x)
         found.append(ids.flatten().tolist())
         return ids, weights
 
-    monkeypatch.setattr(MemoryLayer, "lookup", listening)
+    monkeypatch.setattr(MemoryLayer, "choose", listening)
     return found
 
 

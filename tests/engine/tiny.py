@@ -55,7 +55,8 @@ def transformer(tables: Mapping[str, Table] | None = None) -> Transformer:
 def engine(
     tables: Mapping[str, Table] | None = None, model: Transformer | None = None, **options: Any
 ) -> Engine:
-    """An engine over the tiny model. kv_blocks: so many KV blocks, in place of kv_cache."""
+    """An engine over the tiny model. kv_blocks: so many KV blocks, in place of kv_cache. split: every step in halves."""
+    split = options.pop("split", False)
     options.setdefault("block_size", 4)
     blocks = options.pop("kv_blocks", None)
     if blocks is not None:
@@ -64,7 +65,10 @@ def engine(
             blocks * options["block_size"] * CONFIG.num_layers * 2 * CONFIG.num_kv_heads * head_dim * 4
         )
     loaded = LoadedModel(CONFIG, model or transformer(tables), cast(Any, {}), Path("tiny"))
-    return Engine(EngineConfig(model="tiny", **options), loaded)
+    e = Engine(EngineConfig(model="tiny", **options), loaded)
+    if split:
+        e.runner.splits = lambda plan: plan.tokens > 1  # type: ignore[method-assign]
+    return e
 
 
 def greedy(**options: Any) -> SamplingParams:

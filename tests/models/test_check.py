@@ -18,7 +18,7 @@ from memlane.checkpoints import check, convert, open_checkpoint, read_config
 from memlane.checkpoints.checker import ModelReport, RowSpan
 from memlane.errors import CheckpointError, ConfigError
 from memlane.models.config import ROW_FORMATS
-from memlane.models.loading import load_model
+from memlane.models.loading import TableOptions, load_model
 from memlane.tables import RowFormat, TableLayout, decode_rows
 from memlane.tables.checksums import read_checksums
 from memlane_server import cli
@@ -177,7 +177,7 @@ def test_checksums_of_another_shape(model: Path) -> None:
     assert "'values.crc32c' is U32 [16]; the checksums of 'values' are U32 [17]" in defect
     unlist(model, TABLE)
     with pytest.raises(CheckpointError, match=r"values\.crc32c"):
-        load_model(model, placement="disk", cache_bytes=10_000)
+        load_model(model, tables=TableOptions("disk", 10_000))
 
 
 def test_without_a_checksum_file(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from golden import NAMES, Golden, full_logits, greedy
-from torch import Tensor, nn
+from torch import Tensor
 
 from memlane.checkpoints import convert, detect
-from memlane.models.loading import LoadedModel, load_model
+from memlane.models import MemoryLayer
+from memlane.models.loading import LoadedModel, TableOptions, load_model
+from memlane.models.memory import Pending
 
 LOGITS_TOLERANCE = 2e-4
 
@@ -29,9 +31,9 @@ def converted(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["host", "disk"])
 def model(request: pytest.FixtureRequest, converted: Path) -> Iterator[LoadedModel]:
     rows = 4
-    with load_model(converted, placement="host") as probe:
+    with load_model(converted) as probe:
         budget = rows * sum(table.stats().row_bytes + 8 for table in probe.tables.values())
-    with load_model(converted, placement=request.param, cache_bytes=budget, dtype="float32") as loaded:
+    with load_model(converted, tables=TableOptions(request.param, budget), dtype="float32") as loaded:
         yield loaded
         for table in loaded.tables.values():
             table.check_integrity()
@@ -41,13 +43,21 @@ def model(request: pytest.FixtureRequest, converted: Path) -> Iterator[LoadedMod
 
 
 @torch.inference_mode()
-def test_logits_rows_and_memory_outputs(golden: Golden, model: LoadedModel) -> None:
+def test_logits_rows_and_memory_outputs(
+    golden: Golden, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def watch(layer: int, memory: nn.Module) -> None:
-        memory.register_forward_hook(lambda _, args, output: seen.update({layer: (args[0], output)}))
-
     blocks = model.transformer.layers
+
+    def watch(layer: int, memory: MemoryLayer) -> None:
+        begin = memory.begin
+
+        def watched(x: Tensor) -> Pending:
+            seen[layer] = x, begin(x).finish()
+            return begin(x)
+
+        monkeypatch.setattr(memory, "begin", watched)
+
     for layer, block in enumerate(blocks):
         if block.memory is not None:
             watch(layer, block.memory)
@@ -77,8 +87,8 @@ def test_greedy_tokens(golden: Golden, model: LoadedModel) -> None:
 def test_placements_agree_to_the_bit(golden: Golden, converted: Path) -> None:
     ids = golden.expected["input_ids"]
     with (
-        load_model(converted, placement="host") as ram,
-        load_model(converted, placement="disk", cache_bytes=700) as disk,
+        load_model(converted) as ram,
+        load_model(converted, tables=TableOptions("disk", 700)) as disk,
     ):
         assert torch.equal(full_logits(ram.transformer, ids), full_logits(disk.transformer, ids))
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from memlane.errors import ConfigError
 from memlane.models import CausalAttention, MemoryConfig, MemoryLayer, ModelConfig, Transformer
 from memlane.models.layers import RMSNorm, rope_at, rotate
-from memlane.tables import ReferenceTable
+from memlane.models.pieces import advance
+from memlane.tables import Lookup, ReferenceTable
 
 MEMORY = MemoryConfig(layers=(1, 2), num_keys=8, num_heads=2, knn=4, key_dim=8, value_dim=16)
 CONFIG = ModelConfig(
@@ -167,3 +168,94 @@ def test_config_survives_json() -> None:
 def test_impossible_configs_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ModelConfig.from_dict({**CONFIG.to_dict(), **change})
+
+
+# --- in pieces ---
+
+
+class Asked:
+    """A table that writes down what its lookups go through."""
+
+    def __init__(self, name: str, events: list[str], *, broken: bool = False) -> None:
+        self.table = ReferenceTable(64, 16, name=name)
+        self.name, self.rows, self.width = name, 64, 16
+        self.events, self.broken = events, broken
+
+    def begin(self, ids: Tensor) -> Lookup:
+        if self.broken:
+            raise IndexError("no such row")
+        self.events.append(f"begin {self.name}")
+        return AskedLookup(self, ids)
+
+    def weighted_sum(self, ids: Tensor, weights: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def dot(self, ids: Tensor, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def gather(self, ids: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class AskedLookup:
+    def __init__(self, owner: Asked, ids: Tensor) -> None:
+        self.owner, self.ids = owner, ids
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        self.owner.events.append(f"sum {self.owner.name}")
+        return self.owner.table.weighted_sum(self.ids, weights)
+
+    def dot(self, x: Tensor) -> Tensor:
+        self.owner.events.append(f"dot {self.owner.name}")
+        return self.owner.table.dot(self.ids, x)
+
+    def close(self) -> None:
+        self.owner.events.append(f"close {self.owner.name}")
+
+
+def peer_layer(events: list[str], *, broken: bool = False) -> MemoryLayer:
+    torch.manual_seed(0)
+    layer = MemoryLayer(16, VARIANTS["peer"], [Asked("u", events), Asked("v", events, broken=broken)])
+    torch.nn.init.normal_(layer.keys)
+    return layer
+
+
+def test_both_tables_of_a_peer_layer_are_asked_at_once() -> None:
+    events: list[str] = []
+    layer, x = peer_layer(events), torch.randn(5, 16)
+    pending = layer.begin(x)
+    assert events == ["begin u", "begin v"]
+    out = pending.finish()
+    assert events[2:4] == ["dot u", "sum v"]
+    assert sorted(events[4:]) == ["close u", "close v"]
+    assert torch.equal(out, layer(x))
+    pending.close()
+    assert len(events) == 2 * 6, "closed twice"
+
+
+def test_lookups_are_closed_when_a_layer_cannot_begin_or_is_given_up() -> None:
+    events: list[str] = []
+    with pytest.raises(IndexError, match="no such row"):
+        peer_layer(events, broken=True).begin(torch.randn(5, 16))
+    assert events == ["begin u", "close u"]
+    events.clear()
+    peer_layer(events).begin(torch.randn(5, 16)).close()
+    assert sorted(events[2:]) == ["close u", "close v"]
+
+
+@torch.no_grad()
+def test_the_model_stops_once_a_memory_layer_and_can_be_left_there() -> None:
+    events: list[str] = []
+    model = Transformer(CONFIG, {"values": Asked("t", events)})
+    step = (torch.randint(0, 50, (7,)), torch.arange(7), CausalAttention(1, 7))
+    pieces = model.run(*step)
+    stops = []
+    while (out := advance(pieces)) is None:
+        stops.append(list(events))
+    assert stops == [["begin t"], ["begin t", "sum t", "close t", "begin t"]]
+    assert torch.equal(out, model(*step))
+    events.clear()
+    pieces = model.run(*step)
+    assert advance(pieces) is None
+    pieces.close()
+    assert events == ["begin t", "close t"]

@@ -39,3 +39,18 @@ def test_holds_what_it_is_given() -> None:
         table.weighted_sum(torch.empty(2, 0, dtype=torch.int64), torch.empty(2, 0)), torch.zeros(2, 4)
     )
     assert ReferenceTable(1000, 16, init_std=0.5).weight.std().item() == pytest.approx(0.5, rel=0.1)
+
+
+def test_a_lookup_ends_once() -> None:
+    table = ReferenceTable(10, 4, name="t")
+    ids, weights, x = torch.randint(0, 10, (3, 5)), torch.randn(3, 5), torch.randn(3, 4)
+    assert torch.equal(table.begin(ids).weighted_sum(weights), table.weighted_sum(ids, weights))
+    lookup = table.begin(ids)
+    assert torch.equal(lookup.dot(x), table.dot(ids, x))
+    lookup.close()
+    with pytest.raises(RuntimeError, match="'t' has ended"):
+        lookup.weighted_sum(weights)
+    assert table.begin(torch.empty(0, 3, dtype=torch.int64)).weighted_sum(torch.empty(0, 3)).shape == (0, 4)
+    for bad in (-1, 10):
+        with pytest.raises(IndexError, match="10 rows"):
+            table.begin(torch.tensor([[0, bad]]))

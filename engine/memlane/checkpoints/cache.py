@@ -16,7 +16,7 @@ from memlane.checkpoints.directory import CONFIG
 from memlane.checkpoints.forms import checkpoint_directory, detect
 from memlane.errors import CheckpointError
 
-__all__ = ["cache_directory", "resolve"]
+__all__ = ["cache_directory", "cache_root", "resolve"]
 
 _CONVERTER = "2"  # change when convert would write something else for the same source
 
@@ -54,9 +54,14 @@ def _remove_partial(target: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
+def cache_root() -> Path:
+    """$MEMLANE_CACHE, or ~/.cache/memlane: everything that can be made again."""
+    return Path(os.environ.get("MEMLANE_CACHE") or "~/.cache/memlane").expanduser()
+
+
 def cache_directory() -> Path:
-    """$MEMLANE_CACHE, or ~/.cache/memlane."""
-    return Path(os.environ.get("MEMLANE_CACHE") or "~/.cache/memlane").expanduser() / "models"
+    """Where converted models lie."""
+    return cache_root() / "models"
 
 
 def _fingerprint(source: Path, tokenizer: str | Path | None) -> str:

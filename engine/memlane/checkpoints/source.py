@@ -17,6 +17,7 @@ from memlane.checkpoints.tensors import LazyTensor
 from memlane.errors import CheckpointError
 from memlane.models.config import ModelConfig
 from memlane.models.transformer import Transformer
+from memlane.tables.protocol import Lookup
 
 __all__ = ["Checkpoint", "DenseTensor", "FloatRows", "TableSource", "check_shapes", "row_format_of"]
 
@@ -120,6 +121,9 @@ class _ShapeOnly:
     name: str
     rows: int
     width: int
+
+    def begin(self, ids: Tensor) -> Lookup:
+        raise NotImplementedError
 
     def weighted_sum(self, ids: Tensor, weights: Tensor) -> Tensor:
         raise NotImplementedError

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
 import torch
 
 from memlane.checkpoints import open_directory, read_config, resolve, verify
+from memlane.checkpoints.cache import cache_root
 from memlane.checkpoints.directory import DENSE, table_file_name
 from memlane.checkpoints.source import Checkpoint
 from memlane.errors import CheckpointError, ConfigError
 from memlane.models.config import DTYPES, ModelConfig
 from memlane.models.transformer import Transformer
 from memlane.tables import Table, TableLayout, ValueTable
+from memlane.tables.device import device_speed
 from memlane.tables.errors import TableError
 from memlane.tables.layout import RowFormat
+from memlane.tables.source import DEADLINE, MERGE_GAP, FileIO
 from memlane.tables.table import Placement
 
-__all__ = ["LoadedModel", "load_model", "served_dtype", "table_bytes"]
+__all__ = ["LoadedModel", "TableOptions", "load_model", "served_dtype", "table_bytes"]
 
 # Weights that stay fp32 in a bf16 model: those that choose rows (near-ties flip rows), and norm gains, which multiply
 # before the cast.
@@ -34,21 +36,34 @@ _ALWAYS_FP32 = (
     "norm.weight",
 )
 
-# Table files up to this size are checked against their checksum at start; larger ones would delay it by minutes.
+# Table files without checksums of their pages are verified whole at start, up to this size; larger ones would delay it.
 _VERIFY_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """How tables are opened. The fields of ValueTable.open; cache_bytes is divided among the tables of a model."""
+
+    placement: Placement = "host"
+    cache_bytes: int = 0
+    policy: str = "lru"
+    io: FileIO = "auto"
+    deadline: float = DEADLINE
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """A model ready to run. Owns its tables: close it, or use it as a context manager.
 
-    directory: the model directory it was loaded from, where tokenizer files lie.
+    directory: the model directory it was loaded from, where tokenizer files lie. hot_rows: files of row ids, most read
+    first, for the tables that have one.
     """
 
     config: ModelConfig
     transformer: Transformer
     tables: dict[str, ValueTable]
     directory: Path
+    hot_rows: Mapping[str, Path] = field(default_factory=dict)
 
     def close(self) -> None:
         """Close all tables."""
@@ -67,35 +82,28 @@ class LoadedModel:
 def load_model(
     path: str | Path,
     *,
-    placement: Placement = "host",
-    cache_bytes: int = 0,
+    tables: TableOptions = TableOptions(),
     dtype: str = "auto",
-    warm: bool = True,
     tokenizer: str | Path | None = None,
 ) -> LoadedModel:
     """Load a checkpoint of any form that `convert` reads; foreign forms are converted once into the cache directory.
 
-    placement: "host" (tables in RAM) or "disk" (read row by row through a cache of `cache_bytes`, divided among the
-    tables). dtype: of the dense weights, "auto" for the one the checkpoint names. warm: fill the cache with hot rows.
-    Raises CheckpointError naming the file and its defect, ConfigError on options that cannot work.
+    tables: "host" (in RAM) or "disk" (read row by row through a cache). dtype: of the dense weights, "auto" for the one
+    the checkpoint names. Raises CheckpointError naming the file and its defect, ConfigError on options that cannot work.
     """
     directory = resolve(path, tokenizer=tokenizer)
     checkpoint = open_directory(directory)
     config = checkpoint.config
     weights_dtype = _dtype(dtype, config)
-    small = [table_file_name(t.name) for t in checkpoint.tables]
-    small = [name for name in small if (directory / name).stat().st_size <= _VERIFY_BYTES]
-    verify(directory, [DENSE, *small])
+    verify(directory, [DENSE])
     with ExitStack() as opened:
-        tables = {}
+        opened_tables = {}
         for name in config.table_names():
-            tables[name] = _open_table(directory, config, name, placement, cache_bytes)
-            opened.callback(tables[name].close)
-            if warm and placement == "disk" and name in checkpoint.hot_rows:
-                _warm(tables[name], checkpoint.hot_rows[name])
-        transformer = _build(checkpoint, tables, weights_dtype)
+            opened_tables[name] = _open_table(directory, config, name, tables)
+            opened.callback(opened_tables[name].close)
+        transformer = _build(checkpoint, opened_tables, weights_dtype)
         opened.pop_all()  # loaded: the tables now belong to the LoadedModel
-    return LoadedModel(config, transformer, tables, directory)
+    return LoadedModel(config, transformer, opened_tables, directory, checkpoint.hot_rows)
 
 
 def table_bytes(directory: Path) -> int:
@@ -119,17 +127,26 @@ def _dtype(dtype: str, config: ModelConfig) -> torch.dtype:
     return found
 
 
-def _open_table(
-    directory: Path, config: ModelConfig, name: str, placement: Placement, cache_bytes: int
-) -> ValueTable:
+def _open_table(directory: Path, config: ModelConfig, name: str, options: TableOptions) -> ValueTable:
     """One table with its part of the cache budget: all tables of a model are of one size, so the parts are equal."""
     memory = config.memory
     assert memory is not None
     path = directory / table_file_name(name)
-    share = cache_bytes // len(config.table_names())
+    share = options.cache_bytes // len(config.table_names())
     try:
         layout = TableLayout.from_safetensors(path, name, RowFormat(memory.row_format), memory.value_dim)
-        return ValueTable.open(layout, placement=placement, cache_bytes=share)
+        if layout.checksum_offset is None and layout.nbytes <= _VERIFY_BYTES:
+            verify(directory, [path.name])  # its pages cannot be verified as they are read
+        speed = device_speed(layout, cache_root() / "devices.json", options.io)
+        return ValueTable.open(
+            layout,
+            options.placement,
+            share,
+            policy=options.policy,
+            io=options.io,
+            merge_gap=MERGE_GAP if speed is None else speed.merge_gap,
+            deadline=options.deadline,
+        )
     except TableError as error:
         raise CheckpointError(path, str(error)) from error
 
@@ -143,15 +160,3 @@ def _build(checkpoint: Checkpoint, tables: Mapping[str, Table], dtype: torch.dty
         weights[tensor.name] = tensor.load().to(served_dtype(tensor.name, dtype))
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval()
-
-
-def _warm(table: ValueTable, hot_rows: Path) -> None:
-    """Fill the cache with the rows that are read most."""
-    slots = table.stats().cache_slots
-    try:
-        ids = np.load(hot_rows, mmap_mode="r", allow_pickle=False)[:slots]
-    except (OSError, ValueError, EOFError) as error:
-        raise CheckpointError(hot_rows, f"is not a .npy file of row ids: {error}") from error
-    if ids.ndim != 1 or ids.dtype != np.int64 or (len(ids) and not 0 <= ids.min() <= ids.max() < table.rows):
-        raise CheckpointError(hot_rows, f"does not hold int64 row ids of a table of {table.rows} rows")
-    table.warm(torch.from_numpy(np.array(ids)))

@@ -4,6 +4,9 @@
                                                                                               │
        out = gate(x) * value_proj( silu(swilu(x)) * table.weighted_sum(ids, weights) )  ◄─────┘
 
+It works in two steps, so that something else can be computed while rows are read: `begin` chooses the rows and asks
+the table for them, `finish` sums them.
+
 Weights are a softmax over the K rows of each head; heads add up, and a row chosen by two heads counts twice.
 Sources: "Memory Layers at Scale" (Berges et al. 2024) for Memory+; "Mixture of A Million Experts" (He 2024) for PEER.
 """
@@ -11,6 +14,8 @@ Sources: "Memory Layers at Scale" (Berges et al. 2024) for Memory+; "Mixture of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +23,44 @@ from torch import Tensor, nn
 
 from memlane.models.config import MemoryConfig
 from memlane.models.product_keys import Selection, select
-from memlane.tables import Table
+from memlane.tables.protocol import Lookup, Table
 
-__all__ = ["MemoryLayer"]
+__all__ = ["MemoryLayer", "Pending", "PendingMemory"]
 
 # Scores of a whole prefill chunk would take gigabytes (T * H * 2 * N * 4 bytes); without gradients they are made and
 # searched in pieces of about this size. The table still sees all tokens of the step in one call.
 _SCORE_BYTES = 32 << 20
+
+
+class Pending(Protocol):
+    """A layer's output that waits for something. `finish` ends it, `close` gives it up (idempotent, fine after the end)."""
+
+    def finish(self) -> Tensor:
+        """-> [T, D], in the dtype of the layer's input."""
+
+    def close(self) -> None: ...
+
+
+class PendingMemory:
+    """A memory layer whose rows are on their way."""
+
+    def __init__(
+        self, layer: MemoryLayer, x: Tensor, weights: Tensor, lookups: Sequence[Lookup], opened: ExitStack
+    ) -> None:
+        """Use MemoryLayer.begin. x [T, D], weights fp32 [T, H*K], a lookup of the same rows in each table; `opened`
+        closes them."""
+        self._layer, self._x, self._weights, self._lookups = layer, x, weights, lookups
+        self._opened = opened
+
+    def finish(self) -> Tensor:
+        """Wait for the rows -> [T, D], in x's dtype. Raises RowReadError if a row could not be read."""
+        try:
+            return self._layer.combine(self._x, self._weights, self._lookups)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        self._opened.close()
 
 
 class MemoryLayer(nn.Module):
@@ -49,16 +85,26 @@ class MemoryLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, D] after the norm -> [T, D], in x's dtype. Raises RowReadError if a row cannot be read."""
-        ids, weights = self.lookup(x)
+        return self.begin(x).finish()
+
+    def begin(self, x: Tensor) -> Pending:
+        """Choose rows for x [T, D] and ask every table for them (PEER's V is read while its U is used); don't wait."""
+        ids, weights = self.choose(x)
+        with ExitStack() as opened:
+            lookups = [opened.enter_context(closing(table.begin(ids))) for table in self._tables]
+            return PendingMemory(self, x, weights, lookups, opened.pop_all())
+
+    def combine(self, x: Tensor, weights: Tensor, lookups: Sequence[Lookup]) -> Tensor:
+        """The second step: x [T, D], weights fp32 [T, H*K] and the rows they belong to -> [T, D]. Ends the lookups."""
         if self.config.kind == "peer":
-            experts_in, experts_out = self._tables
-            activation = F.gelu(experts_in.dot(ids, x.float())) * weights
-            out = experts_out.weighted_sum(ids, activation).to(x.dtype)
+            experts_in, experts_out = lookups
+            activation = F.gelu(experts_in.dot(x.float())) * weights
+            out = experts_out.weighted_sum(activation).to(x.dtype)
         else:
-            out = self._project(self._tables[0].weighted_sum(ids, weights), x)
+            out = self._project(lookups[0].weighted_sum(weights), x)
         return out if self.gate is None else out * torch.sigmoid(self.gate(x))
 
-    def lookup(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, D] -> the ids int64 and softmax weights fp32 of the rows to read, both [T, H*K], heads one after another."""
         chosen = self.select(x)
         scores = chosen.scores

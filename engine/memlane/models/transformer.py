@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from memlane.models.attention import Attention
 from memlane.models.config import ModelConfig
 from memlane.models.layers import FeedForward, RMSNorm, Rope, rope_at, rotate
 from memlane.models.memory import MemoryLayer
+from memlane.models.pieces import Pieces, finish
 from memlane.tables import Table
 
 __all__ = ["Block", "SelfAttention", "Transformer"]
@@ -54,12 +56,17 @@ class Block(nn.Module):
         else:
             self.ffn = FeedForward(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, rope: Rope, attention: Attention) -> Tensor:
+    def run(self, x: Tensor, rope: Rope, attention: Attention) -> Pieces:
+        """x [T, D] -> [T, D]. Stops once if it has a memory layer: its rows are asked for, and not yet needed."""
         x = x + self.attn(self.attn_norm(x), self.layer, rope, attention)
-        mlp = self.memory if self.memory is not None else self.ffn
-        assert mlp is not None
-        out: Tensor = x + mlp(self.ffn_norm(x))
-        return out
+        normed = self.ffn_norm(x)
+        if self.memory is None:
+            assert self.ffn is not None
+            out: Tensor = x + self.ffn(normed)
+            return out
+        with closing(self.memory.begin(normed)) as pending:
+            yield
+            return x + pending.finish()
 
 
 class Transformer(nn.Module):
@@ -86,10 +93,19 @@ class Transformer(nn.Module):
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """token_ids, positions int64 [T] -> hidden states after the final norm [T, D], in the model's dtype."""
+        return finish(self.run(token_ids, positions, attention))
+
+    def run(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Pieces:
+        """`forward` in pieces: stops at every memory layer, right after its rows were asked for.
+
+        Whoever drives it may do something else there while rows are read. Closed at a stop, it gives those rows up.
+        Raises RowReadError, with tokens counted within these T, where it goes on and rows could not be read.
+        """
         rope = rope_at(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed(token_ids)
         for block in self.layers:
-            x = block(x, rope, attention)
+            assert isinstance(block, Block)
+            x = yield from block.run(x, rope, attention)
         out: Tensor = self.norm(x)
         return out
 

@@ -1,7 +1,8 @@
 """Carries out a step: batch tensors, paged attention, sampling. Mechanics only: no queues, no policy."""
 
 from memlane.runner.kv import KVCache
+from memlane.runner.overlap import DecodeSplit
 from memlane.runner.runner import Runner
 from memlane.runner.sampler import Sampled, sample
 
-__all__ = ["KVCache", "Runner", "Sampled", "sample"]
+__all__ = ["DecodeSplit", "KVCache", "Runner", "Sampled", "sample"]

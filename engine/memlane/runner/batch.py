@@ -30,8 +30,7 @@ class Batch(NamedTuple):
 
     token_ids, positions, slots: int64 [T]. tables: int64 [singles, m], each padded with its own last block: padding is
     masked, but a NaN shows through a mask, and another sequence's block may hold one. lengths: int64 [singles],
-    positions each single token sees, its own included. ends: int64 [chunks], the last flat token of each chunk, or
-    None if every token is one.
+    positions each single token sees, its own included.
     """
 
     token_ids: Tensor
@@ -42,7 +41,6 @@ class Batch(NamedTuple):
     lengths: Tensor
     longest: int
     prefills: list[Prefill]
-    ends: Tensor | None
 
 
 def make_batch(plan: StepPlan, block_size: int, device: torch.device | str = "cpu") -> Batch:
@@ -77,7 +75,6 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device | str = "cp
                 torch.tensor([table], device=device) if chunk.start else None,
             )
         )
-    ends = [*range(plan.singles), *(prefill.end - 1 for prefill in prefills)]
     widest = max(map(len, tables), default=0)
     flat = torch.tensor([token_ids, positions, slots], dtype=torch.int64, device=device)
     return Batch(
@@ -91,5 +88,4 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device | str = "cp
         lengths=torch.tensor(lengths, dtype=torch.int64, device=device),
         longest=longest,
         prefills=prefills,
-        ends=torch.tensor(ends, device=device) if prefills else None,
     )

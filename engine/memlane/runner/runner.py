@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from memlane.models import Transformer
+from memlane.models.pieces import Pieces, finish
+from memlane.runner import halves
 from memlane.runner.batch import make_batch
 from memlane.runner.kv import KVCache
 from memlane.runner.paged import PagedAttention
 from memlane.scheduler import StepPlan
+from memlane.tables import RowReadError
 
 __all__ = ["Runner"]
+
+
+def _never(sequences: int) -> bool:
+    return False
 
 
 class Runner:
     """A model and its KV cache. Holds nothing of any request between steps but what lies in KV blocks."""
 
-    def __init__(self, transformer: Transformer, kv: KVCache) -> None:
+    def __init__(
+        self, transformer: Transformer, kv: KVCache, split_decode: Callable[[int], bool] = _never
+    ) -> None:
+        """split_decode: whether a step of so many single tokens, and nothing else, is to run as two halves."""
         self.transformer, self.kv = transformer, kv
         self.device = kv.layers[0].device
+        self.split_decode = split_decode
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, *, all_logits: bool = False) -> Tensor:
@@ -32,13 +44,42 @@ class Runner:
         before it, so one that is not makes the later ones so.
         Raises RowReadError if table rows could not be read; the same or a smaller plan may then be run again.
         """
-        batch = make_batch(plan, self.kv.block_size, self.device)
-        hidden = self.transformer(batch.token_ids, batch.positions, PagedAttention(self.kv, batch))
-        if batch.ends is not None and not all_logits:
-            hidden = hidden.index_select(0, batch.ends)
+        if self.splits(plan):
+            middle = plan.tokens // 2
+            first, second = halves.cut(plan, middle)
+            hidden = torch.cat(halves.alternate(self._pieces(first, 0), self._pieces(second, middle)))
+        else:
+            hidden = finish(self._pieces(plan, 0))
+        if not (plan.all_single or all_logits):
+            ends = [end - 1 for end in accumulate(chunk.length for chunk in plan.chunks)]
+            hidden = hidden.index_select(0, torch.tensor(ends, device=self.device))
         return self.transformer.logits(hidden)
+
+    def splits(self, plan: StepPlan) -> bool:
+        """Whether the plan is run as two halves.
+
+        Where there is a prompt in it, that depends on the plan alone: the same answers, bit by bit, wherever rows lie.
+        """
+        if self.transformer.config.memory is None:
+            return False
+        if plan.all_single:
+            return plan.singles > 1 and self.split_decode(plan.singles)
+        return plan.tokens >= 2 * halves.MIN_TOKENS
 
     @torch.inference_mode()
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero KV blocks that a failed sequence left behind."""
         self.kv.clear(blocks)
+
+    def _pieces(self, plan: StepPlan, begin: int) -> Pieces:
+        """The hidden states [T, D] of a plan whose tokens are those of a step from `begin` on; errors name the step's."""
+        batch = make_batch(plan, self.kv.block_size, self.device)
+        try:
+            return (
+                yield from self.transformer.run(
+                    batch.token_ids, batch.positions, PagedAttention(self.kv, batch)
+                )
+            )
+        except RowReadError as error:
+            tokens = [begin + token for token in error.tokens]
+            raise RowReadError(error.table, error.rows, error.reason, tokens) from None

@@ -36,6 +36,11 @@ class StepPlan(NamedTuple):
         return sum(chunk.length for chunk in self.chunks)
 
     @property
+    def all_single(self) -> bool:
+        """Whether it is a batch of decodes: no chunk has more than one token."""
+        return self.singles == len(self.chunks)
+
+    @property
     def prompt_tokens(self) -> int:
         """Tokens that belong to prompts: those computed again after a preemption count again."""
         return sum(

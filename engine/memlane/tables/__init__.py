@@ -5,7 +5,7 @@ This package imports nothing of ours but `memlane.native` and is usable on its o
 
 from memlane.tables.errors import RowReadError, TableError, TableFormatError
 from memlane.tables.layout import RowFormat, TableLayout
-from memlane.tables.protocol import Table
+from memlane.tables.protocol import Lookup, Table
 from memlane.tables.quantize import decode_rows, encode_rows
 from memlane.tables.reference import ReferenceTable
 from memlane.tables.stats import TableStats
@@ -13,6 +13,7 @@ from memlane.tables.table import Placement, ValueTable
 from memlane.tables.writer import write_table
 
 __all__ = [
+    "Lookup",
     "Placement",
     "ReferenceTable",
     "RowFormat",

@@ -10,7 +10,11 @@ __all__ = ["Lookup", "Table"]
 
 
 class Lookup(Protocol):
-    """Rows that were asked for. One of weighted_sum and dot, each of which waits for what is missing, or close ends it."""
+    """Rows that were asked for with `Table.begin` and may still be on their way.
+
+    Exactly one of `weighted_sum` and `dot` ends it: that waits for the rows that are missing, and raises RowReadError,
+    with tokens counted within this lookup, if some could not be read. What is no longer wanted must be closed.
+    """
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """weights fp32 [tokens, k] -> sum over k of weights * rows, fp32 [tokens, width]."""
@@ -19,7 +23,7 @@ class Lookup(Protocol):
         """x fp32 [tokens, width] -> inner products of each row with its token's x, fp32 [tokens, k]."""
 
     def close(self) -> None:
-        """Gives the lookup up; nothing where it has ended. Idempotent."""
+        """Give the rows up. Idempotent, and allowed after the end."""
 
 
 @runtime_checkable
@@ -43,10 +47,13 @@ class Table(Protocol):
         """Numbers in a row."""
 
     def begin(self, ids: Tensor) -> Lookup:
-        """ids [tokens, k]: starts whatever reads they need and returns without waiting. Lookups end in their order."""
+        """ids [tokens, k] -> a lookup whose missing rows are being read; does not wait for them.
+
+        At most two lookups of a table are open at a time, and they end in the order in which they began.
+        """
 
     def weighted_sum(self, ids: Tensor, weights: Tensor) -> Tensor:
-        """ids [tokens, k], weights fp32 [tokens, k] -> sum over k of weights * rows, fp32 [tokens, width]."""
+        """ids [tokens, k], weights fp32 [tokens, k] -> fp32 [tokens, width]; `begin(ids).weighted_sum(weights)`."""
 
     def dot(self, ids: Tensor, x: Tensor) -> Tensor:
         """ids [tokens, k], x fp32 [tokens, width] -> inner products of each row with its token's x, [tokens, k]."""

@@ -6,7 +6,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ReferenceTable"]
+from memlane.tables.protocol import Lookup, Table
+
+__all__ = ["ReferenceLookup", "ReferenceTable"]
+
+
+class ReferenceLookup:
+    """A lookup that reads nothing ahead: it keeps the ids and asks the table when it ends."""
+
+    def __init__(self, table: Table, ids: Tensor) -> None:
+        self._table = table
+        self._ids: Tensor | None = ids
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """weights fp32 [tokens, k] -> fp32 [tokens, width]. RuntimeError if the lookup has ended."""
+        return self._table.weighted_sum(self._end(), weights)
+
+    def dot(self, x: Tensor) -> Tensor:
+        """x fp32 [tokens, width] -> fp32 [tokens, k]. RuntimeError if the lookup has ended."""
+        return self._table.dot(self._end(), x)
+
+    def close(self) -> None:
+        self._ids = None
+
+    def _end(self) -> Tensor:
+        ids, self._ids = self._ids, None
+        if ids is None:
+            raise RuntimeError(f"this lookup of table {self._table.name!r} has ended")
+        return ids
 
 
 class ReferenceTable(nn.Module):
@@ -53,8 +80,10 @@ class ReferenceTable(nn.Module):
     def width(self) -> int:
         return self.weight.shape[1]
 
-    def begin(self, ids: Tensor) -> ReferenceLookup:
-        """ids [tokens, k]; nothing is to be waited for."""
+    def begin(self, ids: Tensor) -> Lookup:
+        """ids [tokens, k], checked now (IndexError) -> a lookup that reads them when it ends."""
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.rows:
+            raise IndexError(f"table {self.name!r} has {self.rows} rows; ids run {ids.min()} to {ids.max()}")
         return ReferenceLookup(self, ids)
 
     def weighted_sum(self, ids: Tensor, weights: Tensor) -> Tensor:
@@ -76,19 +105,3 @@ class ReferenceTable(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rows={self.rows}, width={self.width}, name={self.name!r}"
-
-
-class ReferenceLookup:
-    """Ids of a ReferenceTable that were asked for; see `memlane.tables.protocol.Lookup`."""
-
-    def __init__(self, table: ReferenceTable, ids: Tensor) -> None:
-        self._table, self._ids = table, ids
-
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        return self._table.weighted_sum(self._ids, weights)
-
-    def dot(self, x: Tensor) -> Tensor:
-        return self._table.dot(self._ids, x)
-
-    def close(self) -> None:
-        """Nothing to give back."""

@@ -1,0 +1,131 @@
+"""Warm starts: which rows a cache begins with, loading them beside the serving, and remembering them for next time."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memlane.checkpoints.cache import cache_root
+from memlane.config import EngineConfig, parse_bytes
+from memlane.errors import CheckpointError
+from memlane.models.loading import LoadedModel
+from memlane.tables import ValueTable
+
+__all__ = ["WarmStart"]
+
+logger = logging.getLogger(__name__)
+
+_SAVE_SECONDS = 300.0  # between two saves while the engine is idle
+
+Rows = NDArray[np.int64]
+
+
+class WarmStart:
+    """Warms the tables of one model, and keeps what their caches hold for the next start.
+
+    The state of a cache is a .npy file of row ids, the one to be kept longest first, in the cache directory. It
+    belongs to one table file: another file, or one that was changed, has a state of its own.
+    """
+
+    def __init__(self, config: EngineConfig, model: LoadedModel) -> None:
+        """Begins to warm every table on disk; with `warm_wait`, does all of it now. Raises CheckpointError."""
+        self._tables = [table for table in model.tables.values() if table.placement == "disk"]
+        self._wanted = config.warm_start
+        self._saved = time.monotonic()
+        self._calls_saved = 0
+        for table in self._tables:
+            self._begin(table, config, model)
+        if config.warm_wait:
+            while self.advance(1.0):
+                pass
+
+    def advance(self, patience: float) -> bool:
+        """Goes on warming, waiting at most `patience` seconds; whether there is more to do."""
+        left = [table.warm_some(patience) for table in self._tables]
+        return any(left)
+
+    def save_now_and_then(self) -> None:
+        """Saves the caches' state if the last time was long ago and they were used since. For idle moments."""
+        if time.monotonic() - self._saved > _SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Saves what the caches hold. Where that fails it is logged, and the next start is a colder one."""
+        self._saved = time.monotonic()
+        calls = sum(table.stats().calls for table in self._tables)
+        if self._wanted == "off" or calls == self._calls_saved:
+            return
+        self._calls_saved = calls
+        for table in self._tables:
+            path = _state_path(table)
+            partial = path.with_name(f".{path.name}.{os.getpid()}")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with partial.open("wb") as file:
+                    np.save(file, table.ranking().astype(np.uint32))
+                partial.replace(path)
+            except OSError as error:
+                logger.warning(
+                    "table %s: what its cache held is not saved: %s: %s", table.name, path, error.strerror
+                )
+
+    def _begin(self, table: ValueTable, config: EngineConfig, model: LoadedModel) -> None:
+        hot = model.hot_rows.get(table.name)
+        slots = table.stats().cache_slots
+        share = parse_bytes(config.pin_rows, whole=slots * table.layout.stride, option="pin_rows")
+        pins = min(slots, share // table.layout.stride)
+        first: Rows = np.empty(0, np.int64)
+        if hot is not None and (pins or self._wanted in ("auto", "hot-rows")):
+            first = _read_hot_rows(hot, table.rows, slots)
+        elif pins:
+            logger.warning("table %s: has no hot_rows to pin", table.name)
+            pins = 0
+        saved = _read_state(_state_path(table), table.rows) if self._wanted in ("auto", "saved") else None
+        if self._wanted == "off":
+            ids, why = first[:pins], "the rows to be pinned"
+        elif saved is not None:
+            ids, why = np.concatenate([first[:pins], saved]), "what the cache held last time"
+        else:
+            ids, why = first, "hot_rows"
+        if len(ids):
+            logger.info("table %s: its cache is warmed by %s", table.name, why)
+            table.start_warming(ids, pins)
+
+
+def _state_path(table: ValueTable) -> Path:
+    path = table.layout.path.resolve()
+    stat = path.stat()
+    digest = hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0{table.name}".encode())
+    return cache_root() / "warm" / f"{table.name}-{digest.hexdigest()[:16]}.npy"
+
+
+def _read_state(path: Path, rows: int) -> Rows | None:
+    """Row ids saved by an earlier run, or None; a damaged file is as good as none."""
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError) as error:
+        logger.warning("%s cannot be used: %s", path, error)
+        return None
+    if ids.ndim != 1 or ids.dtype != np.uint32 or (len(ids) and int(ids.max()) >= rows):
+        logger.warning("%s does not hold rows of this table", path)
+        return None
+    rows_by_rank: Rows = ids.astype(np.int64)
+    return rows_by_rank
+
+
+def _read_hot_rows(path: Path, rows: int, most: int) -> Rows:
+    try:
+        ids = np.array(np.load(path, mmap_mode="r", allow_pickle=False)[:most])
+    except (OSError, ValueError, EOFError, IndexError) as error:
+        raise CheckpointError(path, f"is not a .npy file of row ids: {error}") from error
+    if ids.ndim != 1 or ids.dtype != np.int64 or (len(ids) and not 0 <= ids.min() <= ids.max() < rows):
+        raise CheckpointError(path, f"does not hold int64 row ids of a table of {rows} rows")
+    return ids
