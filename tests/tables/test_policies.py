@@ -128,7 +128,7 @@ class S3FifoTwin:
 
 
 class TinyLfuTwin:
-    SAMPLE, LOOK = 8, 64
+    SAMPLE, LARGE_SAMPLE, LOOK = 8, 32, 64
 
     def __init__(self, slots: int, rows: int) -> None:
         self.window_share = max(slots // 100, 1)
@@ -188,7 +188,7 @@ class TinyLfuTwin:
 
     def sample(self, locked: Locked, can_do_without: bool) -> int | None:
         found = [self.weakest] if self.weakest is not None and not locked(self.weakest) else []
-        wanted = len(found) + self.SAMPLE
+        wanted = len(found) + (self.SAMPLE if can_do_without else self.LARGE_SAMPLE)
         if all(map(locked, self.main.values())):  # looking at all of them would move the hand once around
             if self.main and can_do_without:
                 self.hand = (self.hand + min(self.LOOK, self.slots)) % self.slots
@@ -377,7 +377,8 @@ def hit_rate(policy: str, rows: int, slots: int, batches: list[np.ndarray]) -> f
 @pytest.mark.parametrize("rows", [20_000, 1_000_000])  # the second: shared counters, and the hashed map
 def test_scans_do_not_push_out_the_hot_rows(rows: int) -> None:
     """Half of the reads go to 1,800 hot rows, the other half to rows that do not come back while they could be cached.
-    A cache of 2,000 that keeps the hot rows hits 0.5; scanned rows fill half of an LRU, so that it loses many of them.
+    A cache of 2,000 that keeps the hot rows hits 0.5; scanned rows fill half of an LRU, so that it loses half of them: all others must hit at
+    least 0.2 of the reads more (0.44 to 0.50 against 0.23).
     """
     rng = np.random.default_rng(5)
     order = rng.permutation(rows)
@@ -385,9 +386,9 @@ def test_scans_do_not_push_out_the_hot_rows(rows: int) -> None:
     scan = iter(np.resize(cold, 64 * 1500).reshape(1500, 64))
     batches = [np.concatenate([rng.choice(hot, 64), next(scan)]) for _ in range(1500)]
     lru = hit_rate("lru", rows, 2000, batches)
-    for policy, margin in [("sieve", 0.08), ("s3fifo", 0.12), ("tinylfu", 0.15)]:
+    for policy in TWINS:
         rate = hit_rate(policy, rows, 2000, batches)
-        assert lru + margin < rate <= 0.5, (policy, lru, rate)
+        assert lru + 0.2 < rate <= 0.5, (policy, lru, rate)
 
 
 @pytest.mark.parametrize("policy", cache_policies())
