@@ -47,7 +47,7 @@ class Ring {
 //
 //   static constexpr const char* kName;
 //   static constexpr std::size_t kSentinels;          nodes beyond the slots that it uses for its rings
-//   Policy(Node* nodes, std::size_t slots, std::int32_t first_sentinel);
+//   Policy(Node* nodes, std::size_t rows, std::size_t slots, std::int32_t first_sentinel);
 //   void clear();                                     it keeps nothing any more
 //   void hit(std::int32_t slot);                      the slot's row is used; at most once a batch, before any miss
 //   void prefetch(std::int32_t slot) const;           hit(slot) comes soon: fetch what it will touch beside the node
@@ -64,10 +64,27 @@ class Locks {
  public:
   Locks(const Node* nodes, std::uint32_t oldest_open) : nodes_(nodes), oldest_open_(oldest_open) {}
   bool holds(std::int32_t slot) const { return nodes_[slot].mark / 2 >= oldest_open_; }
+  std::uint32_t oldest_open() const { return oldest_open_; }
 
  private:
   const Node* nodes_;
   std::uint32_t oldest_open_;  // greater than any mark / 2 while no batch is open
+};
+
+// Where a search found all slots of a queue locked, the next one would find the same, until the oldest batch ends or a
+// slot comes in that is not locked. Without this memory, each miss of a batch that locks almost everything would go
+// through all slots.
+class AllLocked {
+ public:
+  bool known(const Locks& locks) const { return since_ == locks.oldest_open(); }
+  void found(const Locks& locks) { since_ = locks.oldest_open(); }
+  void added(const Node& node) {
+    if (node.mark / 2 < since_) since_ = 0;
+  }
+  void clear() { since_ = 0; }
+
+ private:
+  std::uint32_t since_ = 0;  // the oldest open batch of that time, 0 = not known
 };
 
 }  // namespace memlane

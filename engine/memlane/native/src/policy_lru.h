@@ -14,7 +14,8 @@ class LruPolicy {
   static constexpr const char* kName = "lru";
   static constexpr std::size_t kSentinels = 1;
 
-  LruPolicy(Node* nodes, std::size_t, std::int32_t first_sentinel) : nodes_(nodes), ring_(nodes, first_sentinel) {}
+  LruPolicy(Node* nodes, std::size_t, std::size_t, std::int32_t first_sentinel)
+      : nodes_(nodes), ring_(nodes, first_sentinel) {}
 
   void clear() { ring_.clear(); }
   void prefetch(std::int32_t slot) const {

@@ -3,6 +3,9 @@
 #include <stdexcept>
 
 #include "policy_lru.h"
+#include "policy_s3fifo.h"
+#include "policy_sieve.h"
+#include "policy_tinylfu.h"
 #include "row_index_of.h"
 
 namespace memlane {
@@ -23,7 +26,7 @@ struct List {
   }
 };
 
-using AllPolicies = List<LruPolicy>;
+using AllPolicies = List<LruPolicy, SievePolicy, S3FifoPolicy, TinyLfuPolicy>;
 
 // The hash is a little slower on small tables, and worth it where the array would take more than twice its memory.
 bool use_hash(std::size_t rows, std::size_t slots) {

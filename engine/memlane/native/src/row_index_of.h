@@ -16,7 +16,7 @@ class RowIndexOf final : public RowIndex {
   RowIndexOf(std::size_t rows, std::size_t slots, std::size_t scratch)
       : rows_(rows), slots_(slots), scratch_(scratch), map_(rows, slots + scratch),
         nodes_(slots + scratch + Policy::kSentinels),
-        policy_(nodes_.data(), slots, static_cast<std::int32_t>(slots + scratch)) {
+        policy_(nodes_.data(), rows, slots, static_cast<std::int32_t>(slots + scratch)) {
     forget_all();
   }
 
