@@ -29,9 +29,7 @@ class TableStats:
     bytes_read: int
     reads: int  # read operations, neighbouring rows merged into one
     retries: int  # reads repeated after a short read or EAGAIN
-    read_seconds: (
-        float  # from the start to the end of each batch's reads, summed; computing may go on meanwhile
-    )
+    read_seconds: float  # from start to end of each batch's reads, summed; computing may go on meanwhile
     stall_seconds: float  # time in which a batch could do nothing but wait for reads
     errors: int  # rows that could not be read
     corrupt_pages: int  # pages whose bytes did not match their checksum
