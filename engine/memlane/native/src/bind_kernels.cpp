@@ -25,7 +25,7 @@ struct RowView {
 
   RowView(const Arena& arena, std::size_t offset, std::size_t count_, int format, std::size_t width)
       : rows{arena.data() + offset, 0, width, static_cast<RowFormat>(format)}, count(count_) {
-    require(format >= 0 && format <= 4, "unknown row format");
+    require(format >= 0 && format <= static_cast<int>(RowFormat::fp8), "unknown row format");
     require(width > 0 && (format != 4 || width % 2 == 0), "width must be positive, and even for int4 rows");
     rows.stride = row_stride(rows.format, width);
     require(count <= arena.size() / rows.stride && arena.contains(offset, count * rows.stride),

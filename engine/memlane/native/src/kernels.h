@@ -15,7 +15,9 @@ namespace memlane {
 //   int8                         width codes, then the fp16 scale: value = code * scale
 //   int4                         width/2 bytes, low nibble = column k, high nibble = column k + width/2,
 //                                then the signed fp16 scale: value = (nibble - 8) * scale
-enum class RowFormat : int { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3, int4 = 4 };
+//   fp8                          width e4m3 codes, then the fp16 scale: value = e4m3(code) * scale. The codes 0x7F
+//                                and 0xFF, which e4m3 keeps for NaN and nobody writes, are read as 480 and -480
+enum class RowFormat : int { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3, int4 = 4, fp8 = 5 };
 
 std::size_t row_stride(RowFormat format, std::size_t width);
 

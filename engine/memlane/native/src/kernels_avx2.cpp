@@ -39,6 +39,10 @@ struct V {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16(p)), 16));
   }
   static f load_f16(const std::uint8_t* p) { return _mm256_cvtph_ps(load_16(p)); }
+  static f load_e4m3(const std::uint8_t* p) {  // sign-extended, so that the shift brings the sign to bits 15 and 14
+    const __m128i shifted = _mm_slli_epi16(_mm_cvtepi8_epi16(load_8(p)), 7);
+    return _mm256_cvtph_ps(_mm_and_si128(shifted, _mm_set1_epi16(static_cast<short>(0xBF80))));
+  }
   static f load_i8(const std::uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_8(p))); }
   static codes load_codes(const std::uint8_t* p) { return _mm256_cvtepu8_epi32(load_8(p)); }
   static f nibbles(__m256i unsigned_codes) {

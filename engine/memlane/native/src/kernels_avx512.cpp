@@ -41,12 +41,16 @@ struct V {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_32(p)), 16));
   }
   static f load_f16(const std::uint8_t* p) { return _mm512_cvtph_ps(load_32(p)); }
+  static f load_e4m3(const std::uint8_t* p) {  // sign-extended, so that the shift brings the sign to bits 15 and 14
+    const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load_16(p)), 7);
+    return _mm512_cvtph_ps(_mm256_and_si256(shifted, _mm256_set1_epi16(static_cast<short>(0xBF80))));
+  }
   static f load_i8(const std::uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16(p))); }
   static codes load_codes(const std::uint8_t* p) { return _mm512_cvtepu8_epi32(load_16(p)); }
-  static f nibbles(__m512i unsigned_codes) {
-    return _mm512_cvtepi32_ps(_mm512_sub_epi32(unsigned_codes, _mm512_set1_epi32(8)));
+  static f nibbles(__m512i c) {  // a table of 16 floats, which looks at the low four bits of each lane alone
+    return _mm512_permutexvar_ps(c, _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));
   }
-  static f low_nibbles(codes c) { return nibbles(_mm512_and_si512(c, _mm512_set1_epi32(15))); }
+  static f low_nibbles(codes c) { return nibbles(c); }
   static f high_nibbles(codes c) { return nibbles(_mm512_srli_epi32(c, 4)); }
   using i = __m512i;
   static i zero_i() { return _mm512_setzero_si512(); }

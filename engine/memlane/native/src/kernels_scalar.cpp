@@ -25,6 +25,7 @@ struct V {
   static f load_f32(const std::uint8_t* p);
   static f load_bf16(const std::uint8_t* p);
   static f load_f16(const std::uint8_t* p);
+  static f load_e4m3(const std::uint8_t* p);
   static f load_i8(const std::uint8_t* p) { return static_cast<float>(static_cast<std::int8_t>(*p)); }
   static codes load_codes(const std::uint8_t* p) { return *p; }
   static f low_nibbles(codes c) { return static_cast<float>((c & 15) - 8); }
@@ -42,6 +43,7 @@ struct V {
 inline V::f V::load_f32(const std::uint8_t* p) { return element<RowFormat::float32>(p, 0, 1); }
 inline V::f V::load_bf16(const std::uint8_t* p) { return element<RowFormat::bfloat16>(p, 0, 1); }
 inline V::f V::load_f16(const std::uint8_t* p) { return element<RowFormat::float16>(p, 0, 1); }
+inline V::f V::load_e4m3(const std::uint8_t* p) { return element<RowFormat::fp8>(p, 0, 1); }
 
 }  // namespace
 
