@@ -47,6 +47,10 @@ struct KernelSet {
   void (*gather)(const Rows&, Indices, float* out, std::size_t begin, std::size_t end);
   // Adds up the words of the rows: reads every byte and does nothing else. The benchmarks' ceiling.
   std::uint64_t (*touch)(const Rows&, Indices, std::size_t begin, std::size_t end);
+  // out[i * out_step + j] = query i . key j: queries lie query_step floats apart, the n >= 4 keys one after another.
+  // A score's bits depend on its query and key alone, not on the batch.
+  void (*scores)(const float* query, std::size_t query_step, std::size_t queries, const float* keys, std::size_t n,
+                 std::size_t width, float* out, std::size_t out_step);
   // The k largest of scores[0..n), largest first, ties to the smaller index. scratch: n + 64 ints.
   void (*top_k)(const float* scores, int n, int k, float* values, std::int32_t* ids, std::int32_t* scratch);
   // rank[i] = number of keys larger than key i, i < n. keys and rank are padded to a multiple of 16 (padding of

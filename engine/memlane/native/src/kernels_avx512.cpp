@@ -52,6 +52,15 @@ struct V {
   }
   static f low_nibbles(codes c) { return nibbles(c); }
   static f high_nibbles(codes c) { return nibbles(_mm512_srli_epi32(c, 4)); }
+  static void totals(const f* p, float* out) {
+    const f a = _mm512_add_ps(_mm512_shuffle_f32x4(p[0], p[1], 0x44), _mm512_shuffle_f32x4(p[0], p[1], 0xEE));
+    const f b = _mm512_add_ps(_mm512_shuffle_f32x4(p[2], p[3], 0x44), _mm512_shuffle_f32x4(p[2], p[3], 0xEE));
+    const f four = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+    const f two = _mm512_add_ps(four, _mm512_permute_ps(four, 0x4E));
+    const f one = _mm512_add_ps(two, _mm512_permute_ps(two, 0xB1));  // the total of each in a quarter of its own
+    const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, one)));
+  }
   using i = __m512i;
   static i zero_i() { return _mm512_setzero_si512(); }
   static i set1_i(std::int32_t x) { return _mm512_set1_epi32(x); }
@@ -67,7 +76,7 @@ struct V {
 }  // namespace
 
 const KernelSet* avx512_kernels() {
-  static const KernelSet set{"avx512", weighted_sum_any, dot_any, gather_any, touch, top_k, count_larger};
+  static const KernelSet set{"avx512", weighted_sum_any, dot_any, gather_any, touch, scores, top_k, count_larger};
   static const bool usable = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                              avx2_kernels() != nullptr;
