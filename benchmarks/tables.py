@@ -1,4 +1,5 @@
-"""Measures the tables beside the alternatives in one run: row lookups, weighted sums, cold reads, key selection.
+"""Measures the tables beside the alternatives in one run: row lookups, weighted sums, cold reads, key selection
+and whole key searches.
 
     python benchmarks/tables.py [--quick] [--out benchmarks/results/DATE-tables.json]
 
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from datetime import date
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "passive"
@@ -37,6 +38,7 @@ from memlane.native import (
     RowView,
     get_threads,
     kernel_variant,
+    search_product_keys,
     select_product_keys,
 )
 from memlane.tables import RowFormat, encode_rows
@@ -131,8 +133,15 @@ def lookups(ids_per_batch: int, batches: int, rows: int = 1 << 20, slots: int = 
     }
 
 
-def weighted_sums(row_format: RowFormat, width: int, tokens: int, repetitions: int, table_mib: int) -> Result:
-    """tokens x 128 random rows: our sum, torch's embedding_bag, and only reading the same rows (the ceiling)."""
+class RandomRows(NamedTuple):
+    """A table of random rows in memory: its bytes, the view of its rows, and how many there are."""
+
+    memory: np.ndarray
+    view: RowView
+    count: int
+
+
+def random_rows(row_format: RowFormat, width: int, table_mib: int) -> RandomRows:
     stride = row_format.stride(width)
     count = (table_mib << 20) // stride
     arena = Arena(count * stride)
@@ -140,7 +149,34 @@ def weighted_sums(row_format: RowFormat, width: int, tokens: int, repetitions: i
     some = encode_rows(torch.randn(4096, width), row_format).numpy().reshape(-1)
     for begin in range(0, len(memory), len(some)):
         memory[begin : begin + len(some)] = some[: len(memory) - begin]
-    view = RowView(arena, 0, count, row_format.code, width)
+    return RandomRows(memory, RowView(arena, 0, count, row_format.code, width), count)
+
+
+def short_rows(width: int, tokens: int, repetitions: int, table_mib: int) -> Result:
+    """Rows a second of int4, fp8 and int8 tables relative to a bfloat16 table of the same bytes, all in the same turns."""
+    formats = [RowFormat.BFLOAT16, RowFormat.INT8, RowFormat.FP8, RowFormat.INT4]
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((tokens, 128)).astype(np.float32)
+    out = np.empty((tokens, width), np.float32)
+
+    def sums_of(row_format: RowFormat) -> Callable[[], object]:
+        _, view, count = random_rows(row_format, width, table_mib)
+        batches = cycle([rng.integers(0, count, tokens * 128) for _ in range(repetitions + 1)])
+        return lambda: view.weighted_sum(next(batches), weights, out)
+
+    seconds = in_turns(repetitions, **{f.value: sums_of(f) for f in formats})
+    bf16 = seconds["bfloat16"]
+    return {
+        "rows": f"{tokens} x 128 of width {width}",
+        "bfloat16_us": round(1e6 * bf16, 1),
+        **{f"{f.value}_rows_vs_bf16": round(bf16 / seconds[f.value], 2) for f in formats[1:]},
+    }
+
+
+def weighted_sums(row_format: RowFormat, width: int, tokens: int, repetitions: int, table_mib: int) -> Result:
+    """tokens x 128 random rows: our sum, torch's embedding_bag, and only reading the same rows (the ceiling)."""
+    stride = row_format.stride(width)
+    memory, view, count = random_rows(row_format, width, table_mib)
     rng = np.random.default_rng(0)
     weights = rng.standard_normal((tokens, 128)).astype(np.float32)
     out = np.empty((tokens, width), np.float32)
@@ -247,6 +283,34 @@ def selections(tokens: int, repetitions: int) -> Result:
     }
 
 
+def searches(tokens: int, repetitions: int) -> Result:
+    """Projected queries to rows, 4 heads x 1,024 sub-keys of 2 x 256, top 32: ours beside the two stages in plain torch."""
+    query, keys = torch.randn(tokens, 4, 2, 256), torch.randn(4, 2, 1024, 256)
+
+    def two_stages() -> tuple[torch.Tensor, torch.Tensor]:
+        halves = torch.einsum("thcw,hcnw->thcn", query, keys).topk(32, dim=-1)
+        sums = halves.values[:, :, 0, :, None] + halves.values[:, :, 1, None, :]
+        best = sums.flatten(2).topk(32, dim=-1)
+        first = halves.indices[:, :, 0].gather(2, best.indices // 32)
+        return first * 1024 + halves.indices[:, :, 1].gather(2, best.indices % 32), best.values
+
+    # Products alone are the floor of any search that makes its scores with torch.
+    planes, columns = query.flatten(1, 2).transpose(0, 1), keys.flatten(0, 1).transpose(1, 2)
+    seconds = in_turns(
+        repetitions,
+        ours=lambda: search_product_keys(query, keys, 32),
+        torch=two_stages,
+        products=lambda: torch.bmm(planes, columns),
+    )
+    return {
+        "tokens": tokens,
+        "ours_us": round(1e6 * seconds["ours"], 1),
+        "torch_us": round(1e6 * seconds["torch"], 1),
+        "torch_products_us": round(1e6 * seconds["products"], 1),
+        "times_faster": round(seconds["torch"] / seconds["ours"], 1),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -290,7 +354,8 @@ def main() -> None:
     mib = 128 if quick else 2048
     print(f"\nweighted sums over a table of {mib} MiB in RAM, random rows")
     shapes = [(RowFormat.BFLOAT16, 1024, n) for n in (1, 16, 256)]
-    shapes += [(RowFormat.FLOAT32, 512, 16), (RowFormat.INT8, 1024, 16), (RowFormat.INT4, 1024, 16)]
+    shapes += [(RowFormat.FLOAT32, 512, 16), (RowFormat.INT8, 1024, 16), (RowFormat.FP8, 1024, 16)]
+    shapes += [(RowFormat.INT4, 1024, 16)]
     result["weighted_sums"] = []
     for row_format, width, tokens in shapes:
         r = weighted_sums(row_format, width, tokens, 5 if quick else 200 if tokens < 100 else 40, mib)
@@ -303,6 +368,11 @@ def main() -> None:
             f"   {r['rows_per_s'] / 1e6:.2f} M rows/s"
         )
 
+    result["short_rows"] = r = short_rows(1024, 16, 5 if quick else 200, mib // 2)
+    print(
+        f"  rows/s beside bf16 in the same turns: int4 x {r['int4_rows_vs_bf16']}, fp8 x {r['fp8_rows_vs_bf16']}, int8 x {r['int8_rows_vs_bf16']}"
+    )
+
     print("\ncold reads of 2,048 rows of 2 KiB, each row once")
     with tempfile.TemporaryDirectory(dir=options.dir) as directory:
         result["cold_reads"] = cold_reads(Path(directory), 256 if quick else 1024, 5 if quick else 15)
@@ -314,6 +384,14 @@ def main() -> None:
     for r in result["selections"]:
         print(
             f"  {r['tokens']:4d} tokens   ours {r['ours_us']:9.1f} us   topk {r['torch_topk_us']:9.1f} us   x {r['times_faster']}"
+        )
+
+    print("\nproduct-key search, 4 heads, top 32 of 1,024 keys of 2 x 256 (torch: the two stages)")
+    result["search"] = [searches(n, 5 if quick else 40) for n in (1, 16, 256)]
+    for r in result["search"]:
+        print(
+            f"  {r['tokens']:4d} tokens   ours {r['ours_us']:9.1f} us   torch {r['torch_us']:9.1f} us"
+            f"   its products alone {r['torch_products_us']:9.1f} us   x {r['times_faster']}"
         )
 
     line = json.dumps(result)

@@ -124,7 +124,9 @@ def _add_convert(commands: Any) -> None:
     )
     convert.add_argument("source", metavar="SRC", help="checkpoint file or directory")
     convert.add_argument("destination", metavar="DST", help="model directory to write")
-    convert.add_argument("--rows", metavar="FORMAT", help="store table rows so: int8, int4, … [as they are]")
+    convert.add_argument(
+        "--rows", metavar="FORMAT", help="store table rows so: int8, int4, fp8, … [as they are]"
+    )
     convert.add_argument("--tokenizer", metavar="PATH", help="tokeniser, when the checkpoint brings none")
     convert.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     convert.set_defaults(run=_convert, parser=convert)

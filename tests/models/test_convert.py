@@ -56,7 +56,7 @@ def test_files_are_ordinary_and_aligned(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", [SMLM, LINGUA], ids=["from_int4", "from_float32"])
-@pytest.mark.parametrize("rows", ["float32", "bfloat16", "float16", "int8", "int4"])
+@pytest.mark.parametrize("rows", ["float32", "bfloat16", "float16", "int8", "int4", "fp8"])
 def test_row_formats(tmp_path: Path, source: Path, rows: str) -> None:
     exact = table_values(convert(source, tmp_path / "exact", progress=False))
     out = convert(source, tmp_path / "out", rows=rows, progress=False)
@@ -66,7 +66,9 @@ def test_row_formats(tmp_path: Path, source: Path, rows: str) -> None:
     error = (table_values(out) - exact).abs().amax(1) / exact.abs().amax(1).clamp(min=1e-6)
     assert (
         error.max()
-        <= {"float32": 0, "bfloat16": 2**-8, "float16": 2**-9, "int8": 1 / 126, "int4": 1 / 7}[rows]
+        <= {"float32": 0, "bfloat16": 2**-8, "float16": 2**-9, "int8": 1 / 126, "int4": 1 / 7, "fp8": 1 / 27}[
+            rows
+        ]
     )
     assert table_bytes(out) == memory.rows * memory.row_bytes
     with load_model(out, tables=TableOptions("disk", 4096)) as model:

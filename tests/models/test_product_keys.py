@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from memlane.models import select, select_reference
+from memlane.models import search, search_reference, select, select_reference
+from memlane.native import kernel_variant
 
 
 def brute_force(scores: Tensor, k: int) -> list[list[int]]:
@@ -50,6 +51,52 @@ def test_native_and_twin_agree_where_sums_round(seed: int, scale: float) -> None
     twin, fast = select_reference(scores, 16), select(scores, 16)
     assert torch.equal(twin.ids, fast.ids)
     assert torch.equal(twin.scores, fast.scores)
+
+
+@given(
+    tokens=st.integers(0, 40),
+    heads=st.integers(1, 3),
+    n=st.integers(1, 40),
+    width=st.integers(1, 40),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+@torch.no_grad()
+def test_search_agrees_with_torch(tokens: int, heads: int, n: int, width: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # products of small integers are exact however they are added, so that both see the same scores and the same ties
+    query = torch.randint(-4, 5, (tokens, heads, 2, width), generator=generator).float()
+    keys = torch.randint(-4, 5, (heads, 2, n, width), generator=generator).float()
+    k = 1 + seed % n
+    fast, twin = search(query, keys, k), search_reference(query, keys, k)
+    assert fast.ids.shape == (tokens, heads, k)
+    assert torch.equal(fast.ids, twin.ids)
+    assert torch.equal(fast.scores, twin.scores)
+
+
+@torch.no_grad()
+def test_what_is_chosen_for_a_token_does_not_depend_on_the_batch() -> None:
+    if kernel_variant() == "scalar":
+        pytest.skip("AVX-512 and AVX2 are missing: torch makes the scores")
+    query, keys = torch.randn(70, 3, 2, 50), torch.randn(3, 2, 60, 50)
+    whole = search(query, keys, 20)
+    for cut in (1, 2, 3, 31, 33, 69):
+        parts = [search(part.contiguous(), keys, 20) for part in query.split(cut)]
+        assert torch.equal(torch.cat([part.ids for part in parts]), whole.ids)
+        assert torch.equal(torch.cat([part.scores for part in parts]), whole.scores)
+
+
+def test_gradients_of_a_search_reach_queries_and_keys() -> None:
+    query, keys = torch.randn(5, 2, 2, 8, requires_grad=True), torch.randn(2, 2, 12, 8, requires_grad=True)
+    chosen = search(query, keys, 4)
+    chosen.scores.square().sum().backward()
+    seen_query, seen_keys = query.grad, keys.grad
+    query.grad = keys.grad = None
+    scores = torch.einsum("thcw,hcnw->thcn", query, keys)
+    sums = scores[:, :, 0].gather(2, chosen.ids // 12) + scores[:, :, 1].gather(2, chosen.ids % 12)
+    sums.square().sum().backward()
+    torch.testing.assert_close(seen_query, query.grad)
+    torch.testing.assert_close(seen_keys, keys.grad)
 
 
 def test_nan_scores_still_give_rows_of_the_table() -> None:

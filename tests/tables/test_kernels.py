@@ -124,6 +124,42 @@ def test_every_16_bit_number_is_widened_exactly(row_format: RowFormat) -> None:
         assert np.isnan(out.reshape(-1)[~finite]).all()
 
 
+def test_every_fp8_code_is_read_as_its_number() -> None:
+    stored = torch.zeros(512, 34, dtype=torch.uint8)
+    stored[:, :32] = torch.arange(256 * 64).reshape(512, 32) % 256
+    stored[:, 32:] = torch.linspace(-3, 3, 512).half()[:, None].view(torch.uint8)
+    arena = Arena(stored.numel())
+    arena.array()[:] = stored.numpy().reshape(-1)
+    view = RowView(arena, 0, 512, RowFormat.FP8.code, 32)
+
+    def run() -> np.ndarray:
+        out = np.empty((512, 32), np.float32)
+        view.gather(np.arange(512), out)
+        return out
+
+    expected = decode_rows(stored, RowFormat.FP8, 32).numpy()  # 480 for 0x7F
+    np.testing.assert_array_equal(on_all_variants(run), expected)
+
+
+@pytest.mark.parametrize("row_format", list(RowFormat))
+def test_longer_rows_and_sums(row_format: RowFormat) -> None:
+    """Widths and row counts that reach every unrolled loop and its remainder."""
+    view, rows = rows_in_memory(row_format, 274, offset=5)
+    rng = np.random.default_rng(4)
+    for k in (7, 8, 12, 13, 100):
+        ids, weights = rng.integers(0, ROWS, 3 * k), rng.standard_normal((3, k)).astype(np.float32)
+
+        def run(ids: np.ndarray = ids, weights: np.ndarray = weights) -> np.ndarray:
+            out = np.full((3, 274), np.nan, np.float32)
+            view.weighted_sum(ids, weights, out)
+            return out
+
+        exact = np.einsum(
+            "tk,tkw->tw", weights.astype(float), rows.numpy()[ids].reshape(3, k, 274).astype(float)
+        )
+        np.testing.assert_allclose(on_all_variants(run), exact, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("row_format", list(RowFormat))
 def test_a_batch_may_be_cut_anywhere(row_format: RowFormat) -> None:
     view, _ = rows_in_memory(row_format, 34)
@@ -171,7 +207,7 @@ def test_arrays_of_the_wrong_shape_are_refused() -> None:
         view.weighted_sum(ids, weights, np.empty((2, 16), np.float32), 1)
     with pytest.raises(TypeError):
         view.weighted_sum(ids, weights.astype(np.float64), np.empty((2, 16), np.float32))
-    for arguments in [(0, 98, 0, 16), (1, 97, 0, 16), (0, 1, 5, 16), (0, 1, 4, 15), (0, 1, 0, 0)]:
+    for arguments in [(0, 98, 0, 16), (1, 97, 0, 16), (0, 1, 6, 16), (0, 1, 4, 15), (0, 1, 0, 0)]:
         with pytest.raises(ValueError, match=r"arena|width|format"):
             RowView(Arena(97 * 64), *arguments)
 

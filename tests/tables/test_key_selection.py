@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from memlane.native import force_kernel_variant, kernel_variants, select_product_keys, set_threads
+from memlane.native import (
+    force_kernel_variant,
+    kernel_variants,
+    search_product_keys,
+    select_product_keys,
+    set_threads,
+)
 
 Shape = Callable[[Tensor], Tensor]
 
@@ -98,3 +104,60 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(TypeError):
         select_product_keys(scores.double(), 4)
     assert select_product_keys(torch.randn(0, 2, 8), 4)[0].shape == (0, 4)
+
+
+def half_scores(query: Tensor, keys: Tensor) -> Tensor:
+    """The scores of the rule, [tokens, heads, 2, n]: partial sum l takes the columns c with c % 16 == l, then the tree.
+
+    fp64 holds each product exactly, so that rounding its sum to fp32 is a fused multiply-add but for double rounding,
+    which numbers of 12 bits rule out.
+    """
+    tokens, heads, _, width = query.shape
+    padded = torch.nn.functional.pad(query[:, :, :, None] * keys[None].double(), (0, -width % 16))
+    partial = torch.zeros(tokens, heads, 2, keys.shape[2], 16)
+    for group in padded.split(16, dim=-1):
+        partial = (partial.double() + group).float()
+    for step in (8, 4, 2, 1):
+        partial = partial[..., :step] + partial[..., step : 2 * step]
+    return partial[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "n", "width"),
+    [(1, 1, 4, 1), (1, 2, 128, 64), (5, 2, 131, 37), (75, 1, 7, 16), (9, 3, 30, 40)],
+)
+def test_search_equals_selection_by_the_scores_of_the_rule(
+    tokens: int, heads: int, n: int, width: int
+) -> None:
+    generator = torch.Generator().manual_seed(width)
+    query = torch.randint(-2048, 2048, (tokens, heads, 2, width), generator=generator) * 2.0**-10
+    keys = torch.randint(-2048, 2048, (heads, 2, n, width), generator=generator) * 2.0**-7
+    k = min(n, 16)
+    ids, sums = select_product_keys(half_scores(query, keys).flatten(0, 1), k)
+    for variant in kernel_variants():
+        force_kernel_variant(variant)
+        for threads in (1, 3):
+            set_threads(threads)
+            found, found_sums = search_product_keys(query, keys, k)
+            assert torch.equal(found, ids.view(tokens, heads, k))
+            assert torch.equal(found_sums, sums.view(tokens, heads, k))
+
+
+def test_a_search_refuses_bad_arguments() -> None:
+    query, keys = torch.randn(2, 3, 2, 8), torch.randn(3, 2, 5, 8)
+    assert search_product_keys(query[:0], keys, 4)[0].shape == (0, 3, 4)
+    for bad_query, bad_keys, k in [
+        (query, keys, 0),
+        (query, keys, 6),
+        (query[:, :2], keys, 4),
+        (query[..., :7], keys, 4),
+        (query[:, :, :1], keys, 4),
+        (query, keys[:, :, :3], 2),
+        (query, keys[:, :1], 4),
+        (query.flatten(0, 1), keys, 4),
+        (query[..., :0], keys[..., :0], 4),
+    ]:
+        with pytest.raises(ValueError, match=r"k must|agree|\[tokens|keys a half|four|width"):
+            search_product_keys(bad_query, bad_keys, k)
+    with pytest.raises(TypeError, match="keys must be fp32"):
+        search_product_keys(query, keys.double(), 4)

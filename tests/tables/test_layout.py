@@ -63,7 +63,7 @@ def test_refuses_what_the_header_contradicts(
 def test_quantised_rows_need_a_width_that_fits(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     write_table(path, "values", 4, 6, "int4", [torch.randn(4, 6)])
-    for arguments in [("int4", None), ("int4", 8), ("int8", 6), ("int4", 5), (None, 6)]:
+    for arguments in [("int4", None), ("int4", 8), ("int8", 6), ("fp8", 6), ("int4", 5), (None, 6)]:
         with pytest.raises(TableFormatError):
             TableLayout.from_safetensors(path, "values", *arguments)
 

@@ -68,13 +68,63 @@ def test_int8_error_is_half_a_step() -> None:
     assert ((decoded - values).abs() <= 0.56 * step).all()  # half a step, and the scale's own fp16 rounding
 
 
+def e4m3_numbers() -> np.ndarray:
+    """The 127 numbers of e4m3 that are not negative, by their definition; index = code."""
+    numbers = [m / 8 * 2.0**-6 for m in range(8)]  # subnormal
+    numbers += [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)]
+    return np.array(numbers[:127])
+
+
+def fp8_row(row: np.ndarray) -> tuple[list[float], float]:
+    """The fp8 form of one row, number by number: the nearest number of e4m3, on ties the one of even code."""
+    numbers = e4m3_numbers()
+    scale = np.float16(np.float32(np.abs(row).max()) / np.float32(448))
+    if scale == 0:
+        scale = np.float16(1)
+    stored = []
+    for x in row:
+        far = np.abs(numbers - min(float(np.float32(abs(x)) / np.float32(scale)), 448.0))
+        nearest = np.flatnonzero(far == far.min())
+        code = nearest[0] if nearest[0] % 2 == 0 else nearest[-1]
+        stored.append(float(np.copysign(numbers[code], x)))
+    return stored, float(scale)
+
+
+def test_fp8_follows_the_scalar_twin() -> None:
+    values = torch.randn(60, 10)
+    values[0] = 0
+    values[1] = 1e-9  # below fp16's range even as a scale
+    values[2] *= 1e-4  # a scale that fp16 holds with few bits, so that the largest code is clamped
+    values[3] *= 1e4
+    values[4] = torch.tensor([448, 17, 19, -17, 2**-9, 3 * 2**-10, 2**-10, -(2**-11), 0.0, -448.0])  # ties
+    decoded = decode_rows(encode_rows(values, RowFormat.FP8), RowFormat.FP8, 10)
+    for row in range(60):
+        numbers, scale = fp8_row(values[row].numpy())
+        assert decoded[row].tolist() == [number * scale for number in numbers]
+
+
+def test_every_fp8_code_is_read_as_its_number() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)[None]
+    stored = torch.cat([codes, torch.tensor([[0.375]], dtype=torch.float16).view(torch.uint8)], dim=1)
+    numbers = np.append(e4m3_numbers(), 480.0)  # 0x7F, which nobody writes
+    expected = np.concatenate([numbers, -numbers]) * 0.375
+    np.testing.assert_array_equal(decode_rows(stored, RowFormat.FP8, 256)[0].numpy(), expected)
+
+
+def test_fp8_never_writes_a_nan() -> None:
+    values = torch.randn(400, 33) * torch.logspace(-8, 6, 400)[:, None]
+    codes = encode_rows(values, RowFormat.FP8)[:, :-2]
+    assert not ((codes & 0x7F) == 0x7F).any()
+    assert ((codes & 0x7F) == 0x7E).any()
+
+
 def test_nibbles_come_back() -> None:
     nibbles = torch.randint(0, 16, (9, 14), dtype=torch.uint8)
     assert torch.equal(unpack_int4(pack_int4(nibbles)), nibbles)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e30])
-@pytest.mark.parametrize("row_format", [RowFormat.INT8, RowFormat.INT4])
+@pytest.mark.parametrize("row_format", [RowFormat.INT8, RowFormat.INT4, RowFormat.FP8])
 def test_refuses_what_a_scale_cannot_hold(bad: float, row_format: RowFormat) -> None:
     values = torch.ones(3, 4)
     values[1, 2] = bad

@@ -67,7 +67,7 @@ def test_equals_the_reference(make_table: Any, row_format: RowFormat) -> None:
 
 
 @pytest.mark.parametrize(
-    "row_format", [RowFormat.FLOAT32, RowFormat.BFLOAT16, RowFormat.INT8, RowFormat.INT4]
+    "row_format", [RowFormat.FLOAT32, RowFormat.BFLOAT16, RowFormat.INT8, RowFormat.INT4, RowFormat.FP8]
 )
 def test_bits_do_not_depend_on_placement_or_cache(
     make_table: Any, row_format: RowFormat, monkeypatch: pytest.MonkeyPatch

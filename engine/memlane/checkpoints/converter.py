@@ -71,7 +71,7 @@ def convert(
 ) -> Path:
     """Write the checkpoint `src` of any known form as a model directory `dst`, and return that.
 
-    rows: format of the tables' rows ("int8", "int4", "bfloat16", ...); None keeps the source's.
+    rows: format of the tables' rows ("int8", "int4", "fp8", "bfloat16", ...); None keeps the source's.
     tokenizer: a tokenizer file or folder for checkpoints that come without theirs.
     overwrite: replace `dst` if it is a model directory; otherwise an existing non-empty `dst` is an error.
     Raises CheckpointError, after which `dst` is as it was.

@@ -37,7 +37,7 @@ from memlane.checkpoints.tensors import StoredTensor
 from memlane.checkpoints.verified import VerifiedRows
 from memlane.errors import CheckpointError, ConfigError
 from memlane.models.config import MODEL_TYPE, ModelConfig
-from memlane.tables import TableError, TableLayout
+from memlane.tables import RowFormat, TableError, TableLayout
 
 __all__ = [
     "CONFIG",
@@ -67,7 +67,7 @@ def hot_rows_name(table: str, tables: int) -> str:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """A table of int8 or int4 rows with their scales."""
+    """A table of quantised rows with their scales."""
 
     name: str
     tensor: StoredTensor
@@ -166,7 +166,7 @@ def _open_table(directory: Path, name: str, config: ModelConfig) -> TableSource:
             )
         return _verified(path, FloatRows(name, tensor, found))
     wanted = (memory.rows, memory.row_bytes)
-    if memory.row_format not in ("int8", "int4") or tensor.shape != wanted:
+    if not RowFormat(memory.row_format).is_quantised or tensor.shape != wanted:
         raise CheckpointError(
             path,
             f"is uint8 {list(tensor.shape)}, but {memory.row_format} rows as in {CONFIG} take {list(wanted)}",

@@ -3,7 +3,7 @@
 from memlane.models.attention import Attention, CausalAttention
 from memlane.models.config import MemoryConfig, ModelConfig
 from memlane.models.memory import MemoryLayer
-from memlane.models.product_keys import Selection, select, select_reference
+from memlane.models.product_keys import Selection, search, search_reference, select, select_reference
 from memlane.models.transformer import Transformer
 
 __all__ = [
@@ -14,6 +14,8 @@ __all__ = [
     "ModelConfig",
     "Selection",
     "Transformer",
+    "search",
+    "search_reference",
     "select",
     "select_reference",
 ]

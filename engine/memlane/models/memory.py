@@ -22,14 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlane.models.config import MemoryConfig
-from memlane.models.product_keys import Selection, select
+from memlane.models.product_keys import Selection, search
 from memlane.tables.protocol import Lookup, Table
 
 __all__ = ["MemoryLayer", "Pending", "PendingMemory"]
-
-# Scores of a whole prefill chunk would take gigabytes (T * H * 2 * N * 4 bytes); without gradients they are made and
-# searched in pieces of about this size. The table still sees all tokens of the step in one call.
-_SCORE_BYTES = 32 << 20
 
 
 class Pending(Protocol):
@@ -114,17 +110,9 @@ class MemoryLayer(nn.Module):
 
     def select(self, x: Tensor) -> Selection:
         """x [T, D] -> row ids int64 and raw scores fp32, both [T, H, K], best first."""
-        heads, knn, n = self.config.num_heads, self.config.knn, self.config.num_keys
         query = F.linear(x.float(), self.query.weight, self.query.bias)
-        query = query.view(-1, heads * 2, self.config.key_dim // 2).transpose(0, 1)  # [H*2, T, Q/2]
-        keys = self.keys.flatten(0, 1).transpose(1, 2)  # [H*2, Q/2, N]
-        step = max(1, x.shape[0] if torch.is_grad_enabled() else _SCORE_BYTES // (heads * 2 * n * 4))
-        parts = [
-            select(torch.bmm(part, keys).transpose(0, 1).reshape(-1, 2, n), knn)
-            for part in torch.split(query, step, dim=1)
-        ]
-        ids, scores = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
-        return Selection(ids.view(-1, heads, knn), scores.view(-1, heads, knn))
+        query = query.view(-1, self.config.num_heads, 2, self.config.key_dim // 2)
+        return search(query, self.keys, self.config.knn)
 
     def _project(self, bag: Tensor, x: Tensor) -> Tensor:
         """bag fp32 [T, width] -> [T, D] in x's dtype; the product with silu is rounded once."""

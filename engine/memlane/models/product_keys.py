@@ -16,18 +16,50 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memlane.native import select_product_keys
+from memlane.native import kernel_variant, search_product_keys, select_product_keys
 
-__all__ = ["Selection", "select", "select_reference"]
+__all__ = ["Selection", "search", "search_reference", "select", "select_reference"]
 
 _LOW = 0xFFFFFFFF
 
+# Scores of a whole prefill chunk would take gigabytes (T * H * 2 * N * 4 bytes); without gradients they are made and
+# searched in pieces of about this size. The table still sees all tokens of the step in one call.
+_SCORE_BYTES = 32 << 20
+
 
 class Selection(NamedTuple):
-    """Rows chosen for each of M queries, best first. ids int64 [M, k], scores fp32 [M, k] (before the softmax)."""
+    """Rows chosen for each query, best first. ids int64 [..., k], scores fp32 [..., k] (before the softmax)."""
 
     ids: Tensor
     scores: Tensor
+
+
+def search(query: Tensor, keys: Tensor, k: int) -> Selection:
+    """query fp32 [T, H, 2, W], keys fp32 [H, 2, N, W] -> the k best rows by score = query . key, [T, H, k].
+
+    On a CPU, without gradients, natively: what is chosen for a token then depends on no other token.
+    """
+    differentiable = torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad)
+    on_cpu = query.device.type == "cpu" and keys.device.type == "cpu"
+    # Without vector instructions torch's product is faster; a native block of scores takes four keys.
+    if differentiable or not on_cpu or keys.shape[2] < 4 or kernel_variant() == "scalar":
+        return search_reference(query, keys, k)
+    return Selection(*search_product_keys(query, keys, k))
+
+
+def search_reference(query: Tensor, keys: Tensor, k: int) -> Selection:
+    """The torch twin of `search`, on any device, differentiable. Its scores are torch's own products."""
+    tokens, heads, _, width = query.shape
+    n = keys.shape[2]
+    planes = query.reshape(tokens, heads * 2, width).transpose(0, 1)  # [H*2, T, W]
+    keys = keys.flatten(0, 1).transpose(1, 2)  # [H*2, W, N]
+    step = max(1, tokens if torch.is_grad_enabled() else _SCORE_BYTES // (heads * 2 * n * 4))
+    parts = [
+        select(torch.bmm(part, keys).transpose(0, 1).reshape(-1, 2, n), k)
+        for part in torch.split(planes, step, dim=1)
+    ]
+    ids, scores = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
+    return Selection(ids.view(-1, heads, k), scores.view(-1, heads, k))
 
 
 def select(scores: Tensor, k: int) -> Selection:

@@ -7,6 +7,8 @@ float32 bfloat16 float16   width numbers                                        
 int8                       width codes | fp16 scale         value = code * scale        stride = width + 2
 int4                       width/2 bytes | fp16 scale       value = (nibble - 8) * scale  stride = width/2 + 2
                            byte k: low nibble = column k, high nibble = column k + width/2; the scale is signed
+fp8                        width codes | fp16 scale         value = e4m3(code) * scale  stride = width + 2
+                           e4m3: sign, 4 exponent bits (bias 7), 3 of fraction; largest 448 (OCP FP8, "e4m3fn")
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class RowFormat(enum.StrEnum):
     FLOAT16 = "float16"
     INT8 = "int8"
     INT4 = "int4"
+    FP8 = "fp8"
 
     @property
     def code(self) -> int:
@@ -47,7 +50,7 @@ class RowFormat(enum.StrEnum):
     @property
     def is_quantised(self) -> bool:
         """Whether rows carry a scale of their own."""
-        return self in (RowFormat.INT8, RowFormat.INT4)
+        return self in (RowFormat.INT8, RowFormat.INT4, RowFormat.FP8)
 
     @property
     def safetensors_dtype(self) -> str:
@@ -62,7 +65,7 @@ class RowFormat(enum.StrEnum):
         match self:
             case RowFormat.FLOAT32:
                 return 4 * width
-            case RowFormat.INT8:
+            case RowFormat.INT8 | RowFormat.FP8:
                 return width + 2
             case RowFormat.INT4:
                 return width // 2 + 2

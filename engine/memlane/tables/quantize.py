@@ -4,6 +4,8 @@ int8  scale = fp16(max |w| / 127); code = round half to even(w / scale), clamped
 int4  m = the entry of largest |w|, with its sign (the first on ties); scale = fp16(m / -8), so that m is exactly
       representable (code -8) and the opposite sign saturates at 7; code = round half to even(w / scale), clamped to
       [-8, 7]; stored nibble = code + 8. This is sparse-memory-lm's form: the scale is negative where m > 0.
+fp8   scale = fp16(max |w| / 448); code = e4m3(w / scale), round to nearest even, clamped to [-448, 448]. The codes
+      0x7F and 0xFF, NaN in e4m3, are never written; reading takes them for what their bits go on to: 480 and -480.
 A scale of 0 (an all-zero row, or one below fp16's range) becomes 1.
 """
 
@@ -25,6 +27,8 @@ _PLAIN = {
     RowFormat.FLOAT16: torch.float16,
 }
 
+_LARGEST_E4M3 = 448
+
 
 def encode_rows(values: Tensor, row_format: RowFormat) -> Tensor:
     """Float rows [n, width] of any float dtype -> stored bytes, uint8 [n, stride].
@@ -40,6 +44,10 @@ def encode_rows(values: Tensor, row_format: RowFormat) -> Tensor:
         largest = floats.abs().amax(dim=1, keepdim=True)
         scale = _scale(largest / 127)
         codes = torch.round(floats / scale.float()).clamp_(-127, 127).to(torch.int8).view(torch.uint8)
+    elif row_format is RowFormat.FP8:
+        scale = _scale(floats.abs().amax(dim=1, keepdim=True) / _LARGEST_E4M3)
+        codes = (floats / scale.float()).clamp_(-_LARGEST_E4M3, _LARGEST_E4M3)  # beyond it torch writes NaN
+        codes = codes.to(torch.float8_e4m3fn).view(torch.uint8)
     else:
         at = floats.abs().argmax(dim=1, keepdim=True)
         scale = _scale(floats.gather(1, at) / -8)
@@ -58,6 +66,11 @@ def decode_rows(stored: Tensor, row_format: RowFormat, width: int) -> Tensor:
     scale = stored[:, -2:].contiguous().view(torch.float16).float()
     if row_format is RowFormat.INT8:
         return stored[:, :-2].contiguous().view(torch.int8).float() * scale
+    if row_format is RowFormat.FP8:
+        codes = stored[:, :-2].contiguous()
+        numbers = codes.view(torch.float8_e4m3fn).float()
+        numbers[codes == 0x7F], numbers[codes == 0xFF] = 480.0, -480.0
+        return numbers * scale
     return (unpack_int4(stored[:, :-2]).float() - 8) * scale
 
 

@@ -26,7 +26,7 @@ struct RowView {
 
   RowView(const Arena& arena, std::size_t offset, std::size_t count_, int format, std::size_t width)
       : rows{arena.data() + offset, 0, width, static_cast<RowFormat>(format)}, count(count_) {
-    require(format >= 0 && format <= 4, "unknown row format");
+    require(format >= 0 && format <= static_cast<int>(RowFormat::fp8), "unknown row format");
     require(width > 0 && (format != 4 || width % 2 == 0), "width must be positive, and even for int4 rows");
     rows.stride = row_stride(rows.format, width);
     require(count <= arena.size() / rows.stride && arena.contains(offset, count * rows.stride),
@@ -194,6 +194,25 @@ void select_into(Cube<const float> scores, Matrix<std::int64_t> ids, Matrix<floa
                       sums.data());
 }
 
+void search_into(nb::ndarray<const float, nb::ndim<4>, nb::c_contig, nb::device::cpu> query,
+                 nb::ndarray<const float, nb::ndim<4>, nb::c_contig, nb::device::cpu> keys, Cube<std::int64_t> ids,
+                 Cube<float> sums) {
+  const std::size_t n = keys.shape(2);
+  const std::size_t k = ids.shape(2);
+  require(query.shape(2) == 2 && keys.shape(1) == 2, "query must be [tokens, heads, 2, width], keys [heads, 2, n, width]");
+  require(query.shape(1) == keys.shape(0) && query.shape(3) == keys.shape(3), "query and keys must agree in heads and width");
+  require(query.shape(3) > 0, "width must be positive");
+  require(n >= 4 && n <= static_cast<std::size_t>(kMostKeys), "between 4 and 65,536 keys a half");
+  require(k >= 1 && k <= n, "k must be between 1 and the number of keys");
+  require(ids.shape(0) == query.shape(0) && ids.shape(1) == query.shape(1) && sums.shape(0) == query.shape(0) &&
+              sums.shape(1) == query.shape(1) && sums.shape(2) == k,
+          "ids and sums must be [tokens, heads, k]");
+  nb::gil_scoped_release release;
+  search_product_keys({query.data(), keys.data(), query.shape(0), query.shape(1), query.shape(3), static_cast<int>(n),
+                       static_cast<int>(k)},
+                      ids.data(), sums.data());
+}
+
 }  // namespace
 
 void bind_kernels(nb::module_& module) {
@@ -220,6 +239,8 @@ void bind_kernels(nb::module_& module) {
   bind_for<std::int64_t>(view);
 
   module.def("select_product_keys", &select_into, "scores"_a.noconvert(), "ids"_a.noconvert(), "sums"_a.noconvert());
+  module.def("search_product_keys", &search_into, "query"_a.noconvert(), "keys"_a.noconvert(), "ids"_a.noconvert(),
+             "sums"_a.noconvert());
   module.def("set_threads", &set_threads, "threads"_a);
   module.def("get_threads", &get_threads);
   module.def("kernel_variant", [] { return std::string(kernels().name); });

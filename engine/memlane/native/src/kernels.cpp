@@ -12,7 +12,7 @@ namespace memlane {
 std::size_t row_stride(RowFormat format, std::size_t width) {
   switch (format) {
     case RowFormat::float32: return 4 * width;
-    case RowFormat::int8: return width + 2;
+    case RowFormat::int8: case RowFormat::fp8: return width + 2;
     case RowFormat::int4: return width / 2 + 2;
     default: return 2 * width;
   }

@@ -15,7 +15,9 @@ namespace memlane {
 //   int8                         width codes, then the fp16 scale: value = code * scale
 //   int4                         width/2 bytes, low nibble = column k, high nibble = column k + width/2,
 //                                then the signed fp16 scale: value = (nibble - 8) * scale
-enum class RowFormat : int { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3, int4 = 4 };
+//   fp8                          width e4m3 codes, then the fp16 scale: value = e4m3(code) * scale. The codes 0x7F
+//                                and 0xFF, which e4m3 keeps for NaN and nobody writes, are read as 480 and -480
+enum class RowFormat : int { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3, int4 = 4, fp8 = 5 };
 
 std::size_t row_stride(RowFormat format, std::size_t width);
 
@@ -45,6 +47,10 @@ struct KernelSet {
   void (*gather)(const Rows&, Indices, float* out, std::size_t begin, std::size_t end);
   // Adds up the words of the rows: reads every byte and does nothing else. The benchmarks' ceiling.
   std::uint64_t (*touch)(const Rows&, Indices, std::size_t begin, std::size_t end);
+  // out[i * out_step + j] = query i . key j: queries lie query_step floats apart, the n >= 4 keys one after another.
+  // A score's bits depend on its query and key alone, not on the batch.
+  void (*scores)(const float* query, std::size_t query_step, std::size_t queries, const float* keys, std::size_t n,
+                 std::size_t width, float* out, std::size_t out_step);
   // The k largest of scores[0..n), largest first, ties to the smaller index. scratch: n + 64 ints.
   void (*top_k)(const float* scores, int n, int k, float* values, std::int32_t* ids, std::int32_t* scratch);
   // rank[i] = number of keys larger than key i, i < n. keys and rank are padded to a multiple of 16 (padding of

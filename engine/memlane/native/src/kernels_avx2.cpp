@@ -39,6 +39,10 @@ struct V {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16(p)), 16));
   }
   static f load_f16(const std::uint8_t* p) { return _mm256_cvtph_ps(load_16(p)); }
+  static f load_e4m3(const std::uint8_t* p) {  // sign-extended, so that the shift brings the sign to bits 15 and 14
+    const __m128i shifted = _mm_slli_epi16(_mm_cvtepi8_epi16(load_8(p)), 7);
+    return _mm256_cvtph_ps(_mm_and_si128(shifted, _mm_set1_epi16(static_cast<short>(0xBF80))));
+  }
   static f load_i8(const std::uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_8(p))); }
   static codes load_codes(const std::uint8_t* p) { return _mm256_cvtepu8_epi32(load_8(p)); }
   static f nibbles(__m256i unsigned_codes) {
@@ -46,6 +50,20 @@ struct V {
   }
   static f low_nibbles(codes c) { return nibbles(_mm256_and_si256(c, _mm256_set1_epi32(15))); }
   static f high_nibbles(codes c) { return nibbles(_mm256_srli_epi32(c, 4)); }
+  static __m128 quarters(f low, f high) {  // 16 partial sums -> 4
+    const f eight = _mm256_add_ps(low, high);
+    return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  }
+  static __m128 halves(const f* p) {  // 2 x 16 partial sums -> 2 x 2
+    const __m128 a = quarters(p[0], p[1]);
+    const __m128 b = quarters(p[2], p[3]);
+    return _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
+  }
+  static void totals(const f* p, float* out) {
+    const __m128 a = halves(p);
+    const __m128 b = halves(p + 4);
+    _mm_storeu_ps(out, _mm_add_ps(_mm_shuffle_ps(a, b, 0x88), _mm_shuffle_ps(a, b, 0xDD)));
+  }
   using i = __m256i;
   static i zero_i() { return _mm256_setzero_si256(); }
   static i set1_i(std::int32_t x) { return _mm256_set1_epi32(x); }
@@ -59,7 +77,7 @@ struct V {
 }  // namespace
 
 const KernelSet* avx2_kernels() {
-  static const KernelSet set{"avx2", weighted_sum_any, dot_any, gather_any, touch, top_k, count_larger};
+  static const KernelSet set{"avx2", weighted_sum_any, dot_any, gather_any, touch, scores, top_k, count_larger};
   static const bool usable = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                              __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi");
   return usable ? &set : nullptr;

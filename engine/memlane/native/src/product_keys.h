@@ -13,4 +13,18 @@ constexpr int kMostKeys = 65536;  // so that a row id fits 32 bits
 // smaller row). Needs 1 <= k <= n <= kMostKeys.
 void select_product_keys(const float* scores, std::size_t m, int n, int k, std::int64_t* ids, float* sums);
 
+// The whole search: query [tokens, heads, 2, width] and keys [heads, 2, n, width] -> ids and sums [tokens, heads, k],
+// chosen as above by score = query . key. What is chosen for a token does not depend on the other tokens.
+// Needs n >= 4. Scores are made and searched in tiles that stay in the processor's cache.
+struct KeySearch {
+  const float* query;
+  const float* keys;
+  std::size_t tokens;
+  std::size_t heads;
+  std::size_t width;
+  int n;
+  int k;
+};
+void search_product_keys(const KeySearch& search, std::int64_t* ids, float* sums);
+
 }  // namespace memlane
