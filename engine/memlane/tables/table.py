@@ -146,13 +146,13 @@ class ValueTable:
         """
         flat = _ids(ids, 2)
         with self.busy() as view:
-            if self.recorder is not None:
-                self.recorder(flat)
             batch = None
             if self.cache is not None:
                 batch = self.cache.begin(flat)
             else:
                 view.check(flat)
+            if self.recorder is not None:
+                self.recorder(flat)
             return TableLookup(self, flat, ids.shape[0], ids.shape[1], batch)
 
     def weighted_sum(self, ids: Tensor, weights: Tensor) -> Tensor:
