@@ -253,7 +253,8 @@ class RowIndexOf final : public RowIndex {
     return static_cast<std::int32_t>(slots_ + scratch_used_++);
   }
 
-  std::int32_t add_miss(std::uint32_t batch, std::uint32_t row) {
+  // Forced: with several policies in one unit gcc stops inlining this, and a prompt's lookup takes 4 % longer.
+  [[gnu::always_inline]] inline std::int32_t add_miss(std::uint32_t batch, std::uint32_t row) {
     const std::int32_t slot = take_slot(batch);
     if (slot < 0) return slot;
     node(slot).row = row;
