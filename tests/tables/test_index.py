@@ -150,7 +150,8 @@ def test_a_later_batch_waits_for_one_that_is_served_in_part(policy: str) -> None
     done = 8
     while done < 20:
         index.release_scratch(first)
-        assert (served := index.lookup(first, ids[done:], slots)) > 0
+        served = index.lookup(first, ids[done:], slots)
+        assert served > 0
         done += served
         assert_sound(index)
     index.end(first)
