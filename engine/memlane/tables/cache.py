@@ -96,7 +96,9 @@ class RowCache:
             self.index.drop(slots[np.searchsorted(rows, np.asarray(error.rows, np.int64))])
             raise
         except BaseException:
-            self.index.drop(slots)  # an interrupt between lookup and read must not leave rows that were never read
+            self.index.drop(
+                slots
+            )  # an interrupt between lookup and read must not leave rows that were never read
             raise
         finally:
             self.read_seconds += time.perf_counter() - started
