@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PROGRAMS = ["tables.py", "policies.py", "decode.py", "startup.py"]
+PROGRAMS = ["tables.py", "policies.py", "cold_reads.py", "decode.py", "startup.py"]
 
 
 def main() -> int:

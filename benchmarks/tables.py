@@ -1,4 +1,4 @@
-"""Measures the tables beside the alternatives in one run: row lookups, weighted sums, cold reads, key selection
+"""Measures the tables beside the alternatives in one run: row lookups, weighted sums, key search
 and whole key searches.
 
     python benchmarks/tables.py [--quick] [--out benchmarks/results/DATE-tables.json]
@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -34,7 +33,6 @@ import torch.nn.functional as F
 from memlane.native import (
     Arena,
     RowIndex,
-    RowReader,
     RowView,
     get_threads,
     kernel_variant,
@@ -72,12 +70,15 @@ def foreign_load(seconds: float = 1.0) -> float:
     return round((busy() - before) / os.sysconf("SC_CLK_TCK") / seconds, 2)
 
 
+LOOKUP_TARGETS = {(1 << 20, 128): 10, (1 << 20, 32_768): 800, (1 << 26, 128): 20, (1 << 26, 32_768): 2500}
+
+
 def lookups(ids_per_batch: int, batches: int, rows: int = 1 << 20, slots: int = 1 << 18) -> Result:
-    """Exact-LRU lookups with 95 % hits: ours beside an OrderedDict that holds the same rows."""
+    """Exact-LRU lookups with 95 % hits: ours, and for small tables an OrderedDict that holds the same rows."""
     rng = np.random.default_rng(ids_per_batch)
     index = RowIndex(rows, slots, 4096)
     places = np.empty(1 << 16, np.int32)
-    twin: OrderedDict[int, int] = OrderedDict()
+    twin: OrderedDict[int, int] | None = OrderedDict() if slots <= 1 << 18 else None
 
     def ours(ids: np.ndarray) -> None:
         batch = index.begin()
@@ -86,6 +87,7 @@ def lookups(ids_per_batch: int, batches: int, rows: int = 1 << 20, slots: int = 
         index.end(batch)
 
     def ordered_dict(ids: list[int]) -> None:
+        assert twin is not None
         for row in ids:
             slot = twin.get(row)
             if slot is None:
@@ -94,17 +96,17 @@ def lookups(ids_per_batch: int, batches: int, rows: int = 1 << 20, slots: int = 
             else:
                 twin.move_to_end(row)
 
-    filling = rng.permutation(rows)[:slots]
+    filling = np.unique(rng.integers(0, rows, 2 * slots))
+    filling = rng.permutation(filling)[:slots]
     for begin in range(0, slots, 1 << 15):
         ours(filling[begin : begin + (1 << 15)])
-    twin.update((int(row), slot) for slot, row in enumerate(filling.tolist()))
+    if twin is not None:
+        twin.update((int(row), slot) for slot, row in enumerate(filling.tolist()))
 
     hot = int(ids_per_batch * 0.95)
     ours_seconds, twin_seconds = [], []
     before = index.counters()
-    together = max(
-        1, min(batches, 4096 // (ids_per_batch - hot))
-    )  # few enough rows to evict none that is hot
+    together = max(1, min(batches, 4096 // (ids_per_batch - hot)))  # few enough to evict no row that is hot
     for _ in range(0, batches, together):
         recent = index.ranking()
         cold = rng.permutation(
@@ -118,7 +120,7 @@ def lookups(ids_per_batch: int, batches: int, rows: int = 1 << 20, slots: int = 
             started = time.perf_counter()
             ours(ids)
             ours_seconds.append(time.perf_counter() - started)
-        for as_list in [ids.tolist() for ids in prepared]:
+        for as_list in [ids.tolist() for ids in prepared] if twin is not None else []:
             started = time.perf_counter()
             ordered_dict(as_list)
             twin_seconds.append(time.perf_counter() - started)
@@ -126,10 +128,14 @@ def lookups(ids_per_batch: int, batches: int, rows: int = 1 << 20, slots: int = 
     requested = after["requested_rows"] - before["requested_rows"]
     return {
         "ids": ids_per_batch,
+        "rows": rows,
+        "slots": slots,
+        "map": index.map,
+        "index_mib": round(index.nbytes / 2**20, 1),
         "hit_rate": round((after["hits"] - before["hits"]) / requested, 3),
         "ours_us": round(1e6 * statistics.median(ours_seconds), 1),
-        "ordered_dict_us": round(1e6 * statistics.median(twin_seconds), 1),
-        "target_us": {128: 15, 32768: 1200}.get(ids_per_batch),
+        "ordered_dict_us": round(1e6 * statistics.median(twin_seconds), 1) if twin_seconds else None,
+        "target_us": LOOKUP_TARGETS.get((rows, ids_per_batch)),
     }
 
 
@@ -213,62 +219,6 @@ def weighted_sums(row_format: RowFormat, width: int, tokens: int, repetitions: i
     return result
 
 
-def cold_reads(directory: Path, file_mib: int, repetitions: int) -> list[Result]:
-    """2,048 rows of 2 KiB never read before, by each of our ways and by one thread's pread."""
-    path = directory / "rows"
-    rows = (file_mib << 20) // ROW_BYTES
-    block = np.random.default_rng(0).bytes(16 << 20)
-    with path.open("wb") as file:
-        for _ in range(file_mib // 16):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    rng = np.random.default_rng(1)
-    order = rng.permutation(
-        rows
-    )  # every row is read at most once: the host's cache would flatter the second time
-    arena = Arena(2048 * ROW_BYTES)
-    slots = np.arange(2048, dtype=np.int32)
-    used = 0
-
-    def fresh() -> np.ndarray:
-        nonlocal used
-        used += 2048
-        return np.sort(order[used - 2048 : used])
-
-    readers = {
-        name: RowReader(
-            os.fspath(path), 0, ROW_BYTES, rows, allow_uring=uring, allow_direct=direct, merge_gap=0
-        )
-        for name, uring, direct in [
-            ("io_uring", True, True),
-            ("threads", False, True),
-            ("threads, buffered", False, False),
-        ]
-    }
-    plain = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(plain, 0, 0, os.POSIX_FADV_RANDOM)
-
-    def one_by_one() -> None:
-        for row in fresh()[:256].tolist():
-            os.pread(plain, ROW_BYTES, row * ROW_BYTES)
-
-    bodies: dict[str, Callable[[], object]] = {
-        name: lambda reader=reader: reader.read(fresh(), slots, arena) for name, reader in readers.items()
-    }
-    seconds = in_turns(repetitions, **bodies, **{"one thread": one_by_one})
-    os.close(plain)
-    return [
-        {
-            "way": name,
-            "backend": readers[name].backend if name in readers else "pread",
-            "rows_per_s": round(n / seconds[name]),
-        }
-        for name, n in [*((name, 2048) for name in readers), ("one thread", 256)]
-    ]
-
-
 def selections(tokens: int, repetitions: int) -> Result:
     """Top 32 of 1,024 sub-keys and of their sums, 4 heads: ours beside torch.topk of the halves alone."""
     scores = torch.randn(tokens * 4, 2, 1024)
@@ -319,9 +269,6 @@ def main() -> None:
         "--quick", action="store_true", help="fewer repetitions and smaller tables: a smoke test"
     )
     parser.add_argument("--out", type=Path, help="write the result here too")
-    parser.add_argument(
-        "--dir", type=Path, help="where to put the file for cold reads (default: a temporary directory)"
-    )
     options = parser.parse_args()
     quick = options.quick
     torch.set_num_threads(get_threads())
@@ -343,12 +290,19 @@ def main() -> None:
         "foreign_load_cpus": load,
     }
 
-    print("\nrow lookups, 1 M rows, 256 k slots, warm")
-    result["lookups"] = [lookups(n, 20 if quick else 200 if n < 10_000 else 60) for n in (128, 2048, 32_768)]
+    print("\nrow lookups, 95 % hits, warm")
+    shapes_of_tables = [(1 << 20, 1 << 18)] + ([] if quick else [(1 << 26, 1 << 21), (1 << 26, 1 << 22)])
+    result["lookups"] = [
+        lookups(n, 20 if quick else 200 if n < 10_000 else 60, rows, slots)
+        for rows, slots in shapes_of_tables
+        for n in (128, 2048, 32_768)
+    ]
     for r in result["lookups"]:
         target = f"   target {r['target_us']} us" if r["target_us"] else ""
+        beside = f"   OrderedDict {r['ordered_dict_us']:9.1f} us" if r["ordered_dict_us"] else ""
         print(
-            f"  {r['ids']:6d} ids   ours {r['ours_us']:8.1f} us   OrderedDict {r['ordered_dict_us']:9.1f} us{target}"
+            f"  {r['rows'] >> 20:3d} M rows, {r['slots'] >> 10:5d} k slots ({r['map']}), {r['ids']:6d} ids"
+            f"   ours {r['ours_us']:8.1f} us{beside}{target}"
         )
 
     mib = 128 if quick else 2048
@@ -372,12 +326,6 @@ def main() -> None:
     print(
         f"  rows/s beside bf16 in the same turns: int4 x {r['int4_rows_vs_bf16']}, fp8 x {r['fp8_rows_vs_bf16']}, int8 x {r['int8_rows_vs_bf16']}"
     )
-
-    print("\ncold reads of 2,048 rows of 2 KiB, each row once")
-    with tempfile.TemporaryDirectory(dir=options.dir) as directory:
-        result["cold_reads"] = cold_reads(Path(directory), 256 if quick else 1024, 5 if quick else 15)
-    for r in result["cold_reads"]:
-        print(f"  {r['way']:18s} {r['backend']:18s} {r['rows_per_s']:8d} rows/s")
 
     print("\nproduct-key selection, 4 heads, top 32 of 1,024 (torch: the two halves only)")
     result["selections"] = [selections(n, 5 if quick else 40) for n in (1, 16, 256)]

@@ -118,7 +118,7 @@ class RowReader:
         depth: int = 256,
         merge_gap: int = 4096,
         deadline: float = 30.0,
-        fixed_buffers: bool = False,
+        fixed_buffers: bool = True,
     ) -> None: ...
     def start(
         self, rows: NDArray[np.int64], slots: NDArray[np.int32], arena: Arena, states: SlotStates

@@ -107,7 +107,7 @@ void bind_reader(nb::module_& module) {
   nb::class_<RowReader>(module, "RowReader")
       .def(nb::new_(&open_reader), "path"_a, "offset"_a, "stride"_a, "rows"_a, "checksums"_a = nb::none(),
            "allow_uring"_a = true, "allow_direct"_a = true, "depth"_a = 256, "merge_gap"_a = 4096, "deadline"_a = 30.0,
-           "fixed_buffers"_a = false)
+           "fixed_buffers"_a = true)
       .def("start", &start, "rows"_a.noconvert(), "slots"_a.noconvert(), "arena"_a, "states"_a)
       .def("finish", &finish, "request"_a)
       .def(

@@ -18,7 +18,7 @@ namespace memlane {
 
 namespace {
 
-constexpr std::size_t kBufferBytes = 16 << 20;  // for the reads in flight, together
+constexpr std::size_t kBufferBytes = 8 << 20;  // for the reads in flight, together
 constexpr unsigned kThreads = 32;               // blocking reads in flight without io_uring
 
 }  // namespace

@@ -21,7 +21,7 @@ class RowReader {
     ReadQueue::Options queue;
     bool allow_uring = true;
     bool allow_direct = true;
-    bool fixed_buffers = false;
+    bool fixed_buffers = true;  // known to the kernel once and for all, where it lets us
     unsigned depth = 256;  // reads in flight
   };
 
