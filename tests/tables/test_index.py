@@ -301,3 +301,19 @@ def test_opening_a_huge_index_takes_no_memory_for_rows(slots: int) -> None:
     run_batch(index, np.array([0, 2**31 - 2]))
     assert index.contains(2**31 - 2)
     assert_sound(index)
+
+
+@pytest.mark.parametrize("rows", [3000, 2**21 + 5, 2**31 - 1])
+def test_misses_of_a_long_batch_come_in_order(rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    index = RowIndex(rows, 20_000, 4)
+    ids = rng.integers(0, rows, 12_000)
+    slots = np.empty(len(ids), np.int32)
+    batch = index.begin()
+    assert index.lookup(batch, ids, slots) == len(ids)
+    missed, places = index.misses()
+    assert missed.tolist() == np.unique(ids).tolist()
+    where = dict(zip(missed.tolist(), places.tolist(), strict=True))
+    assert slots.tolist() == [where[row] for row in ids.tolist()]
+    index.end(batch)
+    assert_sound(index)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 
 #include "policy.h"
@@ -301,6 +302,24 @@ class RowIndexOf final : public RowIndex {
     counters_.unique += touched;
   }
 
+  // By row. A prompt misses a hundred thousand rows at once: then by their digits, lowest first, several times quicker.
+  void sort_misses() {
+    if (misses_.size() < 256) {
+      std::sort(misses_.begin(), misses_.end(), [](const Miss& a, const Miss& b) { return a.row < b.row; });
+      return;
+    }
+    constexpr unsigned kBits = 11;
+    constexpr std::uint32_t kMask = (1U << kBits) - 1;
+    sorted_.resize(misses_.size());
+    for (unsigned shift = 0; shift < 32 && (rows_ - 1) >> shift != 0; shift += kBits) {
+      std::array<std::uint32_t, kMask + 2> begin{};
+      for (const Miss& miss : misses_) ++begin[((miss.row >> shift) & kMask) + 1];
+      for (std::size_t digit = 1; digit < begin.size(); ++digit) begin[digit] += begin[digit - 1];
+      for (const Miss& miss : misses_) sorted_[begin[(miss.row >> shift) & kMask]++] = miss;
+      misses_.swap(sorted_);
+    }
+  }
+
   template <class Id>
   std::size_t serve(std::uint32_t batch, const Id* ids, std::size_t count, std::int32_t* slots_out) {
     misses_.clear();
@@ -343,7 +362,7 @@ class RowIndexOf final : public RowIndex {
     counters_.hits += served - missed;
     counters_.unique += misses_.size();
     counters_.unique_misses += misses_.size();
-    std::sort(misses_.begin(), misses_.end(), [](const Miss& a, const Miss& b) { return a.row < b.row; });
+    sort_misses();
     return served;
   }
 
@@ -363,6 +382,7 @@ class RowIndexOf final : public RowIndex {
   std::vector<Open> open_;           // oldest first: one or two
   std::vector<std::int32_t> dropped_;
   std::vector<Miss> misses_;
+  std::vector<Miss> sorted_;         // room to sort them
   std::vector<std::size_t> missed_;  // positions in the batch, of the running lookup
   Counters counters_;
 };
