@@ -19,6 +19,7 @@ from memlane.config import EngineConfig
 from memlane.errors import ConfigError, MemlaneError
 from memlane.models.loading import served_dtype
 from memlane.runner import KVCache
+from memlane.tables.cache import cache_overhead
 from memlane.tables.layout import RowFormat
 from memlane.tables.simulate import LruCurve, lru_curve, summarise
 from memlane.tables.table import Placement
@@ -27,10 +28,8 @@ from memlane.tables.trace import Trace, TraceFormatError, read_trace
 __all__ = ["DiskUse", "Expected", "KVUse", "Plan", "TableSize", "available_memory", "make_plan"]
 
 # What a table on disk takes beside its cached rows. Upper ends: a plan that is too small ends in swapping.
-_INDEX_ROW = 4
-_INDEX_SLOT = 24
-_READ_BUFFERS = 16 << 20
-_SCRATCH = 8 << 20
+_POLICY_SLOT = 16  # bytes a slot, of policies other than LRU
+_READ_BUFFERS = 8 << 20
 _CHECKSUM_SHARE = 1024  # one byte of checksums for so many of the table
 
 # Two Python processes with their libraries, the activations of a step, and a twentieth for the rest of the system.
@@ -126,7 +125,7 @@ class Plan:
     @property
     def short_of(self) -> int:
         """Bytes of memory that are missing to serve the model at all."""
-        fixed = sum(_fixed(table) + table.row_bytes for table in self.tables)
+        fixed = sum(_beside(table, 1) + table.row_bytes for table in self.tables)
         return max(0, min(fixed, self.table_bytes) - self.left)
 
 
@@ -202,28 +201,43 @@ def _kv(checkpoint: Checkpoint, choices: Choices, dtype: torch.dtype, memory: in
     )
 
 
-def _fixed(table: TableSize) -> int:
-    """RAM that a table on disk takes with an empty cache."""
-    return _INDEX_ROW * table.rows + _READ_BUFFERS + _SCRATCH + table.nbytes // _CHECKSUM_SHARE
+def _beside(table: TableSize, slots: int) -> int:
+    """RAM that a table on disk takes beside the rows of a cache of so many slots."""
+    index = cache_overhead(table.rows, table.row_bytes, slots) + _POLICY_SLOT * slots
+    return index + _READ_BUFFERS + table.nbytes // _CHECKSUM_SHARE
 
 
 def _slots(tables: Sequence[TableSize], left: int) -> int | None:
     """The most rows that each table can have cached, its part being equal; None if not even one row each fits."""
-    if not tables:
+
+    def fits(slots: int) -> bool:
+        each = [min(slots, table.rows) for table in tables]
+        return (
+            sum(n * table.row_bytes + _beside(table, n) for n, table in zip(each, tables, strict=True))
+            <= left
+        )
+
+    if not tables or not fits(1):
         return None
-    room = left - sum(map(_fixed, tables))
-    each = room // sum(table.row_bytes + _INDEX_SLOT for table in tables)
-    return min(each, max(table.rows for table in tables)) if each > 0 else None
+    # What is beside the rows grows in steps, so this may miss a few slots more; it never takes too many.
+    low, high = 1, max(table.rows for table in tables) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _disk(tables: Sequence[TableSize], slots: int) -> DiskUse:
     cached = [min(slots, table.rows) for table in tables]
+    checksums = sum(table.nbytes // _CHECKSUM_SHARE for table in tables)
+    buffers = _READ_BUFFERS * len(tables)
+    beside = sum(_beside(table, n) for table, n in zip(tables, cached, strict=True))
     return DiskUse(
         cached_rows=sum(cached),
         row_cache=sum(n * table.row_bytes for n, table in zip(cached, tables, strict=True)),
-        index=sum(_INDEX_ROW * table.rows for table in tables) + _INDEX_SLOT * sum(cached),
-        buffers=(_READ_BUFFERS + _SCRATCH) * len(tables),
-        checksums=sum(table.nbytes // _CHECKSUM_SHARE for table in tables),
+        index=beside - buffers - checksums,
+        buffers=buffers,
+        checksums=checksums,
     )
 
 

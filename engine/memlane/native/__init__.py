@@ -24,6 +24,7 @@ from memlane.native._core import (
     get_threads,
     kernel_variant,
     kernel_variants,
+    row_index_bytes,
     set_threads,
 )
 
@@ -44,6 +45,7 @@ __all__ = [
     "get_threads",
     "kernel_variant",
     "kernel_variants",
+    "row_index_bytes",
     "search_product_keys",
     "select_product_keys",
     "set_threads",

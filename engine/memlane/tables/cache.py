@@ -15,16 +15,27 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from memlane.native import RowIndex
+from memlane.native import RowIndex, row_index_bytes
 from memlane.tables.errors import RowReadError, TableError
 from memlane.tables.source import Read, RowSource, SlotMemory
 
-__all__ = ["CacheBatch", "Ids", "Part", "RowCache"]
+__all__ = ["CacheBatch", "Ids", "Part", "RowCache", "cache_overhead"]
 
 _SCRATCH_BYTES = 8 << 20
 _MOST_SCRATCH_ROWS = 16_384
 
 Ids = NDArray[np.int32] | NDArray[np.int64]
+
+
+def scratch_rows(rows: int, stride: int, slots: int) -> int:
+    """Slots beside the cache's own, for batches that need more rows than those can hold."""
+    return 0 if slots == rows else min(rows, _MOST_SCRATCH_ROWS, max(1, _SCRATCH_BYTES // stride))
+
+
+def cache_overhead(rows: int, stride: int, slots: int) -> int:
+    """Bytes that a cache of so many slots takes beside its rows: index, states and scratch (policies take a little more)."""
+    scratch = scratch_rows(rows, stride, slots)
+    return row_index_bytes(rows, slots, scratch) + slots + scratch * (stride + 1)
 
 
 class Part(NamedTuple):
@@ -50,7 +61,7 @@ class RowCache:
     ) -> None:
         """A cache of as many rows as fit cache_bytes (none is possible: every row then goes through scratch)."""
         slots = min(rows, max(0, cache_bytes) // stride)
-        scratch = 0 if slots == rows else min(rows, _MOST_SCRATCH_ROWS, max(1, _SCRATCH_BYTES // stride))
+        scratch = scratch_rows(rows, stride, slots)
         self.index = RowIndex(rows, slots, scratch, policy)
         self.memory = SlotMemory.of(slots + scratch, stride)
         self.source = source

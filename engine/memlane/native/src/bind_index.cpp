@@ -68,6 +68,7 @@ void rank_last(RowIndex& index, Vector<const std::int64_t> rows) {
 
 void bind_index(nb::module_& module) {
   module.def("cache_policies", &RowIndex::policies);
+  module.def("row_index_bytes", &RowIndex::bytes_for, "rows"_a, "slots"_a, "scratch"_a);
   nb::class_<RowIndex>(module, "RowIndex")
       .def(nb::new_([](std::size_t rows, std::size_t slots, std::size_t scratch, const std::string& policy) {
              return RowIndex::make(rows, slots, scratch, policy).release();

@@ -37,6 +37,12 @@ bool use_hash(std::size_t rows, std::size_t slots) {
 
 }  // namespace
 
+std::size_t RowIndex::bytes_for(std::size_t rows, std::size_t slots, std::size_t scratch) {
+  const std::size_t all = slots + scratch;
+  const std::size_t map = use_hash(rows, all) ? HashMap::bytes_for(rows, all) : DirectMap::bytes_for(rows, all);
+  return map + all * sizeof(Node);
+}
+
 std::vector<std::string> RowIndex::policies() { return AllPolicies::names(); }
 
 std::unique_ptr<RowIndex> RowIndex::make(std::size_t rows, std::size_t slots, std::size_t scratch,

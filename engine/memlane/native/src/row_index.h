@@ -52,6 +52,8 @@ class RowIndex {
   static std::unique_ptr<RowIndex> make(std::size_t rows, std::size_t slots, std::size_t scratch,
                                         const std::string& policy);
   static std::vector<std::string> policies();  // names for make(), the default first
+  // What make() would take in memory, but for what the policy keeps beside the slots' nodes.
+  static std::size_t bytes_for(std::size_t rows, std::size_t slots, std::size_t scratch);
   virtual ~RowIndex() = default;
 
   virtual std::uint32_t begin() = 0;  // the batch's name for the calls below
