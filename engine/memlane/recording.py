@@ -45,7 +45,7 @@ def start(config: EngineConfig, model: LoadedModel) -> RowRecorder | None:
     limit = parse_bytes(config.record_rows_limit, option="record_rows_limit")
     path = Path(config.record_rows)
     try:
-        recorder = RowRecorder(path, traced, model=str(model.directory), limit=limit)
+        recorder = RowRecorder(path, traced, model=model.directory.name, limit=limit)
     except OSError as error:
         raise _refusal(path, error.errno) from error
     for table, _ in found:
