@@ -17,6 +17,7 @@ import platform
 import statistics
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -73,42 +74,53 @@ def answer(llm: LLM, prompts: list[str], batch: int) -> tuple[list[list[int]], f
     return list(answers.values()), decoded / seconds
 
 
-def measure(host: LLM, disk: LLM, popularity: str, batch: int, rounds: int, count: int) -> dict[str, Any]:
+def measure(
+    host: LLM, disks: dict[str, LLM], popularity: str, batch: int, rounds: int, count: int
+) -> list[dict[str, Any]]:
+    """One result for each cache policy; all engines answer the same questions in turns."""
     rng = np.random.default_rng(batch)
-    for llm in (host, disk):
+    engines = {"host": host, **disks}
+    for llm in engines.values():
         answer(llm, questions(max(count, WARM_UP), popularity, rng), 64)
-    before = disk.stats().tables[0].counters
-    speeds: dict[str, list[float]] = {"host": [], "disk": []}
+    before = {name: dict(llm.stats().tables[0].counters) for name, llm in disks.items()}
+    speeds: dict[str, list[float]] = {name: [] for name in engines}
     generated = 0
     for number in range(rounds):
         prompts = questions(count, popularity, rng)
-        order = [("host", host), ("disk", disk)]
+        order = list(engines)
         tokens = {}
-        for name, llm in order if number % 2 else reversed(order):
-            tokens[name], speed = answer(llm, prompts, batch)
+        for name in order[number % len(order) :] + order[: number % len(order)]:
+            tokens[name], speed = answer(engines[name], prompts, batch)
             speeds[name].append(speed)
-        assert tokens["host"] == tokens["disk"], "placements must not change an answer"
-        generated += sum(map(len, tokens["disk"]))
-    after = disk.stats().tables[0].counters
-    delta = {key: after[key] - before[key] for key in after}
-    return {
-        "questions": popularity,
-        "batch": batch,
-        "host_tokens_per_s": round(statistics.median(speeds["host"])),
-        "disk_tokens_per_s": round(statistics.median(speeds["disk"])),
-        "ratio": round(
-            statistics.median(d / h for d, h in zip(speeds["disk"], speeds["host"], strict=True)), 3
-        ),
-        "hit_rate": round(delta["hits"] / delta["requested_rows"], 4),
-        "rows_read_per_token": round(delta["unique_misses"] / generated, 2),
-        "stall_us_per_token": round(1e6 * delta["stall_seconds"] / generated, 1),
-    }
+        assert all(found == tokens["host"] for found in tokens.values()), "placements must not change an answer"
+        generated += sum(map(len, tokens["host"]))
+    results = []
+    for name, llm in disks.items():
+        after = llm.stats().tables[0].counters
+        delta = {key: after[key] - before[name][key] for key in after}
+        ratios = [d / h for d, h in zip(speeds[name], speeds["host"], strict=True)]
+        results.append(
+            {
+                "questions": popularity,
+                "batch": batch,
+                "policy": name,
+                "host_tokens_per_s": round(statistics.median(speeds["host"])),
+                "disk_tokens_per_s": round(statistics.median(speeds[name])),
+                "ratio": round(statistics.median(ratios), 3),
+                "hit_rate": round(delta["hits"] / delta["requested_rows"], 4),
+                "rows_read_per_token": round(delta["unique_misses"] / generated, 2),
+                "stall_us_per_token": round(1e6 * delta["stall_seconds"] / generated, 1),
+                "read_us_per_token": round(1e6 * delta["read_seconds"] / generated, 1),
+            }
+        )
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, default=DEMO)
     parser.add_argument("--row-cache", default="25%")
+    parser.add_argument("--policies", default="lru,tinylfu")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--questions", type=int, default=64, help="in a round")
     parser.add_argument("--out", type=Path)
@@ -123,20 +135,28 @@ def main() -> None:
         "target_ratio": 0.9,
         "results": [],
     }
-    with (
-        LLM(arguments.model, placement="host") as host,
-        LLM(arguments.model, placement="disk", row_cache=arguments.row_cache) as disk,
-    ):
+    with ExitStack() as opened:
+        host = opened.enter_context(LLM(arguments.model, placement="host"))
+        disks = {
+            policy: opened.enter_context(
+                LLM(arguments.model, placement="disk", row_cache=arguments.row_cache, cache_policy=policy,
+                    warm_start="hot-rows")
+            )
+            for policy in arguments.policies.split(",")
+        }  # fmt: skip
         print(
-            f"{'questions':<9} {'batch':>5} {'RAM tok/s':>10} {'disk tok/s':>10} {'disk/RAM':>9} {'hit rate':>9}"
+            f"{'questions':<9} {'batch':>5} {'policy':>8} {'RAM tok/s':>10} {'disk tok/s':>10} {'disk/RAM':>9}"
+            f" {'hit rate':>9} {'stall':>12}"
         )
         for popularity, batch in itertools.product(("zipf", "uniform"), (1, 16, 64)):
-            row = measure(host, disk, popularity, batch, arguments.rounds, arguments.questions)
-            result["results"].append(row)
-            print(
-                f"{popularity:<9} {batch:>5} {row['host_tokens_per_s']:>10} {row['disk_tokens_per_s']:>10} {row['ratio']:>9.3f}"
-                f" {row['hit_rate']:>9.2%}"
-            )
+            for row in measure(host, disks, popularity, batch, arguments.rounds, arguments.questions):
+                result["results"].append(row)
+                print(
+                    f"{popularity:<9} {batch:>5} {row['policy']:>8} {row['host_tokens_per_s']:>10}"
+                    f" {row['disk_tokens_per_s']:>10} {row['ratio']:>9.3f} {row['hit_rate']:>9.2%}"
+                    f" {row['stall_us_per_token']:>6.0f} us/token",
+                    flush=True,
+                )
     line = json.dumps(result)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

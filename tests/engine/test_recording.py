@@ -56,7 +56,7 @@ def test_the_record_is_what_the_layers_asked_for(
     rows, row_bytes = tiny.MEMORY.rows, 4 * tiny.MEMORY.value_dim
     cache = rows * row_bytes // 4 if placement == "disk" else None
     assert trace.tables == (TracedTable("values", rows, row_bytes, cache),)
-    assert trace.model == str(model)
+    assert trace.model == model.name
     assert len(asked) > 5
     assert [record.ids.tolist() for record in trace] == asked
 
