@@ -75,7 +75,7 @@ def test_every_fault_in_every_way_of_reading(
     mount: FaultyMount, stored: tuple[Path, Tensor], way: tuple[bool, FileIO]
 ) -> None:
     values, layout = stored[1], layout_at(mount.path)
-    source = FileSource(layout, allow_uring=way[0], io=way[1], deadline=0.5, merge_gap=0)
+    source = FileSource(layout, allow_uring=way[0], io=way[1], deadline=0.3, merge_gap=0)
     everything = np.arange(ROWS)
     out = Slots(layout)
     assert out.read(source, everything) == []
