@@ -83,7 +83,9 @@ class WarmStart:
         elif pins:
             logger.warning("table %s: has no hot_rows to pin", table.name)
             pins = 0
-        saved = _read_state(self._states[table.name], table.rows) if self._wanted in ("auto", "saved") else None
+        saved = (
+            _read_state(self._states[table.name], table.rows) if self._wanted in ("auto", "saved") else None
+        )
         if self._wanted == "off":
             ids, why = first[:pins], "the rows to be pinned"
         elif saved is not None:

@@ -67,7 +67,9 @@ class Slots:
         return []
 
     def holds(self, values: Tensor, rows: np.ndarray, slots: np.ndarray | None = None) -> bool:
-        return np.array_equal(self.rows[rows if slots is None else slots].view(np.float32), values[rows].numpy())
+        return np.array_equal(
+            self.rows[rows if slots is None else slots].view(np.float32), values[rows].numpy()
+        )
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: f"uring={way[0]}-{way[1]}")
@@ -141,7 +143,9 @@ def test_every_fault_in_every_way_of_reading(
     np.testing.assert_array_equal(out.rows, before_release)
 
 
-def test_the_way_of_reading_is_what_the_file_system_takes(stored: tuple[Path, Tensor], tmp_path: Path) -> None:
+def test_the_way_of_reading_is_what_the_file_system_takes(
+    stored: tuple[Path, Tensor], tmp_path: Path
+) -> None:
     with faulty_mount(stored[0], tmp_path / "a") as mount:
         assert FileSource(layout_at(mount.path)).backend.endswith("+direct")
     with faulty_mount(stored[0], tmp_path / "b", "refuse-direct") as mount:

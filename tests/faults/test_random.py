@@ -105,7 +105,8 @@ class Run:
         first = self.rng.randrange(1000)
         last = min(1023, first + self.rng.choice([0, 5, 100]))
         error, times = self.rng.choice(
-            [(0, 0)] * 4 + [(errno.EIO, -1), (errno.EIO, 3), (0, -1), (0, 1), (errno.EAGAIN, 2), (errno.EAGAIN, 9)]
+            [(0, 0)] * 4
+            + [(errno.EIO, -1), (errno.EIO, 3), (0, -1), (0, 1), (errno.EAGAIN, 2), (errno.EAGAIN, 9)]
         )
         if self.rng.random() < 0.03:
             error, times = HANG, -1

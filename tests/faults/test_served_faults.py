@@ -115,7 +115,9 @@ def test_the_file_changes_while_it_is_served(model: Path, small: Server, two: Tw
 
     # Replaced: the file that was opened is the one that is served.
     another = model / "another"
-    another.write_bytes(whole[: layout.offset] + bytes(layout.nbytes) + whole[layout.offset + layout.nbytes :])
+    another.write_bytes(
+        whole[: layout.offset] + bytes(layout.nbytes) + whole[layout.offset + layout.nbytes :]
+    )
     another.replace(file)
     assert all(one.is_answered_by(small) for one in [two.needs, *two.others])
 

@@ -239,7 +239,9 @@ class ValueTable:
             if self.cache is None:
                 return np.empty(0, np.int64)
             rows = self.cache.index.ranking()
-            if self._warmer is not None:  # a stop in the middle of a warm start must not make the next one colder
+            if (
+                self._warmer is not None
+            ):  # a stop in the middle of a warm start must not make the next one colder
                 waited_for = self._warmer.missing()
                 rows = np.concatenate([rows, waited_for[~np.isin(waited_for, rows)]])[: self.cache.slots]
             return rows
