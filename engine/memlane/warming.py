@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import time
@@ -36,6 +37,8 @@ class WarmStart:
     def __init__(self, config: EngineConfig, model: LoadedModel) -> None:
         """Begins to warm every table on disk; with `warm_wait`, does all of it now. Raises CheckpointError."""
         self._tables = [table for table in model.tables.values() if table.placement == "disk"]
+        # Named now: at the end another file may lie where the table's did.
+        self._states = {table.name: _state_path(table) for table in self._tables}
         self._wanted = config.warm_start
         self._saved = time.monotonic()
         self._calls_saved = 0
@@ -63,17 +66,11 @@ class WarmStart:
             return
         self._calls_saved = calls
         for table in self._tables:
-            path = _state_path(table)
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
+            path = self._states[table.name]
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with partial.open("wb") as file:
-                    np.save(file, table.ranking().astype(np.uint32))
-                partial.replace(path)
+                _write(path, _npy(table.ranking().astype("<u4")))
             except OSError as error:
-                logger.warning(
-                    "table %s: what its cache held is not saved: %s: %s", table.name, path, error.strerror
-                )
+                logger.warning("table %s: what its cache held is not saved: %s", table.name, error)
 
     def _begin(self, table: ValueTable, config: EngineConfig, model: LoadedModel) -> None:
         hot = model.hot_rows.get(table.name)
@@ -86,7 +83,9 @@ class WarmStart:
         elif pins:
             logger.warning("table %s: has no hot_rows to pin", table.name)
             pins = 0
-        saved = _read_state(_state_path(table), table.rows) if self._wanted in ("auto", "saved") else None
+        saved = (
+            _read_state(self._states[table.name], table.rows) if self._wanted in ("auto", "saved") else None
+        )
         if self._wanted == "off":
             ids, why = first[:pins], "the rows to be pinned"
         elif saved is not None:
@@ -105,17 +104,38 @@ def _state_path(table: ValueTable) -> Path:
     return cache_root() / "warm" / f"{table.name}-{digest.hexdigest()[:16]}.npy"
 
 
+def _npy(ids: NDArray[np.uint32]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, ids)
+    return file.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All or nothing. OSError, which leaves no part of it behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def _read_state(path: Path, rows: int) -> Rows | None:
     """Row ids saved by an earlier run, or None; a damaged file is as good as none."""
     try:
-        ids = np.load(path, allow_pickle=False)
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, EOFError) as error:
-        logger.warning("%s cannot be used: %s", path, error)
+    except OSError as error:
+        logger.warning("what the cache held last time cannot be read: %s", error)
         return None
-    if ids.ndim != 1 or ids.dtype != np.uint32 or (len(ids) and int(ids.max()) >= rows):
-        logger.warning("%s does not hold rows of this table", path)
+    # Compared with what would have been written: np.load fails on foreign bytes in more ways than can be listed.
+    overhead = len(_npy(np.empty(0, "<u4")))
+    ids = np.frombuffer(content[overhead : overhead + (len(content) - overhead) // 4 * 4], "<u4")
+    if _npy(ids) != content or (len(ids) and int(ids.max()) >= rows):
+        logger.warning("%s does not hold rows of this table: what the cache held is not known", path)
         return None
     rows_by_rank: Rows = ids.astype(np.int64)
     return rows_by_rank

@@ -80,7 +80,10 @@ class Transformer(nn.Module):
         """Weights are random as for training; on the meta device they are left unset. KeyError if a table is missing."""
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Random numbers for a weight on "meta" would load half of torch's compiler, 2 s of every start.
+        meta = torch.empty(0).is_meta
+        weight = torch.empty(config.vocab_size, config.hidden_size) if meta else None
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
         self.layers = nn.ModuleList(Block(config, i, tables or {}) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = (

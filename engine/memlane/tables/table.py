@@ -231,9 +231,20 @@ class ValueTable:
         return more
 
     def ranking(self) -> NDArray[np.int64]:
-        """Cached rows, the one to be kept longest first, as start_warming takes them. Empty on "host"."""
+        """Cached rows, the one to be kept longest first, as start_warming takes them. Empty on "host".
+
+        While the cache is being warmed, the rows that it still waits for come last, as far as there are slots.
+        """
         with self.busy():
-            return np.empty(0, np.int64) if self.cache is None else self.cache.index.ranking()
+            if self.cache is None:
+                return np.empty(0, np.int64)
+            rows = self.cache.index.ranking()
+            if (
+                self._warmer is not None
+            ):  # a stop in the middle of a warm start must not make the next one colder
+                waited_for = self._warmer.missing()
+                rows = np.concatenate([rows, waited_for[~np.isin(waited_for, rows)]])[: self.cache.slots]
+            return rows
 
     def stats(self) -> TableStats:
         """A snapshot of the counters; cheap, from any thread. Stays readable after close."""

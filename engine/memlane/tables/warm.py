@@ -53,6 +53,11 @@ class Warmer:
         """Rows still to be read."""
         return len(self._order) - self._next + (0 if self._chunk is None else len(self._chunk.rows))
 
+    def missing(self) -> NDArray[np.int64]:
+        """The rows still to be read, hottest first."""
+        rows: NDArray[np.int64] = self._ids[np.isin(self._ids, self._order[len(self._order) - self.left :])]
+        return rows
+
     def advance(self, patience: float) -> bool:
         """Takes in rows that have come, asks for the next ones; waits `patience` seconds at most for the former.
 

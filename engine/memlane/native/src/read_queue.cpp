@@ -103,7 +103,8 @@ std::int64_t ReadQueue::with_fault(const ReadOperation& operation, std::int64_t 
   return std::min<std::int64_t>(result, fault_.begin <= begin ? 0 : static_cast<std::int64_t>(fault_.begin - begin));
 }
 
-// Direct reads must go on from a page border, so the tail of a short read is read once more.
+// Direct reads must go on from a page border, so the tail of a short read is read once more. Others go on from where they
+// ended: a file system may give less than a page at a time.
 ReadQueue::Outcome ReadQueue::settle(ReadOperation& operation, std::int64_t result) {
   ++reads;
   if (operation.request == nullptr) return Outcome::settled;  // abandoned long ago
@@ -117,6 +118,7 @@ ReadQueue::Outcome ReadQueue::settle(ReadOperation& operation, std::int64_t resu
     }
   } else {
     bytes_read += static_cast<std::uint64_t>(result);
+    const bool direct = release_pages_of < 0;
     const auto reached = operation.done + static_cast<std::uint32_t>(result);
     if (reached >= operation.extent.needed) {
       if (!deliver(operation)) {  // perhaps a flipped bit on the way: look again before calling it corrupt
@@ -130,7 +132,7 @@ ReadQueue::Outcome ReadQueue::settle(ReadOperation& operation, std::int64_t resu
     }
     operation.attempts = reached > operation.reached ? 1 : operation.attempts + 1;
     operation.reached = std::max(operation.reached, reached);
-    operation.done = static_cast<std::uint32_t>(page_floor(operation.reached));
+    operation.done = direct ? static_cast<std::uint32_t>(page_floor(operation.reached)) : operation.reached;
     if (operation.attempts < kAttempts) {
       ++retries;
       return Outcome::again;

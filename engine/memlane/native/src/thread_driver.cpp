@@ -54,12 +54,14 @@ void ThreadDriver::wait(ReadRequest& request, std::size_t seen, ReadQueue::Clock
   std::unique_lock lock(queue_->mutex);
   while (!request.done() && request.settled <= seen) {
     auto now = ReadQueue::Clock::now();
-    if (now >= until) return;
-    queue_->changed.wait_for(lock, std::min<std::chrono::nanoseconds>(until - now, kTick));
+    const bool over = now >= until;
+    if (!over) queue_->changed.wait_for(lock, std::min<std::chrono::nanoseconds>(until - now, kTick));
     now = ReadQueue::Clock::now();
+    // Also for a caller without patience: it may be the only one that ever asks.
     for (ReadOperation& operation : crew_->operations)
       if (queue_->late(operation, now)) queue_->abandon(operation, ETIMEDOUT);
     queue_->expire_backlog(now);
+    if (over) return;
   }
 }
 

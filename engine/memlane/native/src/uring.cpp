@@ -1,5 +1,6 @@
 #include "uring.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
@@ -20,6 +21,8 @@ namespace memlane {
 namespace {
 
 constexpr std::chrono::microseconds kLook{150};
+constexpr unsigned kKernelThreads = 64;   // that may block in reads at once
+constexpr unsigned kRegisterWorkers = 19;  // IORING_REGISTER_IOWQ_MAX_WORKERS, Linux 5.15; older headers lack it
 
 void pause() {
 #if defined(__x86_64__)
@@ -53,6 +56,11 @@ bool Uring::open(unsigned entries, std::string& reason) {
     return false;
   }
   ring_ = ring;
+  // Where reads cannot be begun without blocking (network file systems, FUSE), threads of the kernel carry them out, of
+  // which there are 4 a processor unless asked for: so few hang together that one bad disk stops all reads, and they
+  // keep too few reads in flight. An older kernel refuses: then it is so.
+  unsigned workers[2] = {std::min(entries, kKernelThreads), 0};
+  syscall(__NR_io_uring_register, ring, kRegisterWorkers, workers, 2);
   if ((params.features & IORING_FEAT_EXT_ARG) == 0) {
     reason = "io_uring: this kernel cannot wait with a time limit";
     close();
