@@ -126,9 +126,11 @@ def leave_page_cache(path: Path) -> None:
 
 
 def memory_of(process: int | str = "self") -> dict[str, int]:
-    """Bytes of a process that are resident now (VmRSS) and were at most (VmHWM)."""
+    """Bytes of a process: resident now (VmRSS), at most so far (VmHWM), and of those now, its own ones (RssAnon) and pages
+    of files such as libraries (RssFile)."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
-    return {name: int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM")}
+    wanted = ("VmRSS", "VmHWM", "RssAnon", "RssFile")
+    return {name: int(fields[name].split()[0]) * 1024 for name in wanted}
 
 
 class MemoryWatch:

@@ -15,7 +15,7 @@ from memlane.checkpoints.directory import CONFIG, DENSE, table_file_name
 from memlane.models import ModelConfig, Transformer
 from memlane.tables import RowFormat, TableLayout, encode_rows, write_table
 
-_BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 16 << 20  # of rows that come over and over
 
 
 class NoRows:
@@ -28,8 +28,8 @@ class NoRows:
 def write_random_model(directory: Path, config: ModelConfig, seed: int = 0) -> TableLayout:
     """Writes config, dense weights and the one table that all memory layers share; returns where its rows lie.
 
-    The table is a block of random rows of 16 MiB, over and over, so that writing costs the disk's time alone. Pages have
-    checksums, as in any table of ours.
+    The table is a block of random rows of 16 MiB, over and over, so that writing costs the disk's time alone; the block
+    is the same whatever the model. Pages have checksums, as in any table of ours.
     """
     memory = config.memory
     assert memory is not None
@@ -41,9 +41,10 @@ def write_random_model(directory: Path, config: ModelConfig, seed: int = 0) -> T
         model = Transformer(config, {name: NoRows(name, memory.rows, memory.value_dim)})
     save_file(model.state_dict(), directory / DENSE)
     row_format = RowFormat(memory.row_format)
-    block = encode_rows(
-        torch.randn(_BLOCK_BYTES // memory.row_bytes, memory.value_dim) * memory.value_dim**-0.5, row_format
+    numbers = torch.randn(
+        BLOCK_BYTES // memory.row_bytes, memory.value_dim, generator=torch.Generator().manual_seed(seed)
     )
+    block = encode_rows(numbers * memory.value_dim**-0.5, row_format)
     layout = write_table(
         directory / table_file_name(name),
         name,
