@@ -8,7 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["FeedForward", "RMSNorm", "Rope", "rope_at", "rotate"]
+__all__ = ["FeedForward", "Linear", "RMSNorm", "Rope", "linear", "rope_at", "rotate"]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, which is its twin: x [T, in], weight [out, in], bias [out] -> [T, out].
+
+    A single token in fp32 on a CPU takes the weight as two matrices: torch's product of a matrix and one vector reads
+    weights at a third of the memory's speed on some processors, its product of several with theirs at all of it.
+    """
+    halves = len(x) == 1 and len(weight) % 2 == 0 and x.dtype == torch.float32 and x.device.type == "cpu"
+    if not halves or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    out = torch.bmm(weight.view(2, -1, weight.shape[1]), x.t().expand(2, -1, 1)).view(1, -1)
+    return out if bias is None else out.add_(bias)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -28,8 +48,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden: int, intermediate: int) -> None:
         super().__init__()
-        self.w_gate_up = nn.Linear(hidden, 2 * intermediate, bias=False)
-        self.w_down = nn.Linear(intermediate, hidden, bias=False)
+        self.w_gate_up = Linear(hidden, 2 * intermediate, bias=False)
+        self.w_down = Linear(intermediate, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w_gate_up(x).chunk(2, dim=-1)

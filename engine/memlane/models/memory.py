@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlane.models.config import MemoryConfig
+from memlane.models.layers import Linear, linear
 from memlane.models.product_keys import Selection, search
 from memlane.tables.protocol import Lookup, Table
 
@@ -70,11 +71,11 @@ class MemoryLayer(nn.Module):
         super().__init__()
         self.config = config
         heads, half, width = config.num_heads, config.key_dim // 2, config.value_dim
-        self.query = nn.Linear(hidden, heads * config.key_dim)
+        self.query = Linear(hidden, heads * config.key_dim)
         self.keys = nn.Parameter(torch.empty(heads, 2, config.num_keys, half))
-        self.swilu = nn.Linear(hidden, width) if config.swilu else None
-        self.value_proj = nn.Linear(width, hidden) if config.value_proj else None
-        self.gate = nn.Linear(hidden, 1) if config.gated else None
+        self.swilu = Linear(hidden, width) if config.swilu else None
+        self.value_proj = Linear(width, hidden) if config.value_proj else None
+        self.gate = Linear(hidden, 1) if config.gated else None
         self.log_score_scale = nn.Parameter(torch.zeros(heads)) if config.score_scale else None
         self._tables = tuple(tables)  # in a tuple, so that nn.Module does not adopt tables that are modules
         self._check_tables()
@@ -110,7 +111,7 @@ class MemoryLayer(nn.Module):
 
     def select(self, x: Tensor) -> Selection:
         """x [T, D] -> row ids int64 and raw scores fp32, both [T, H, K], best first."""
-        query = F.linear(x.float(), self.query.weight, self.query.bias)
+        query = linear(x.float(), self.query.weight, self.query.bias)
         query = query.view(-1, self.config.num_heads, 2, self.config.key_dim // 2)
         return search(query, self.keys, self.config.knn)
 
