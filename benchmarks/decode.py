@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -23,6 +21,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
+from measuring import finish, header
 
 import memlane
 from memlane import LLM, SamplingParams
@@ -114,10 +113,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     result: dict[str, Any] = {
-        "benchmark": "decode",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "load_average": round(os.getloadavg()[0], 2),
+        **header("decode"),
         "model": arguments.model.name,
         "row_cache": arguments.row_cache,
         "target_ratio": 0.9,
@@ -137,11 +133,7 @@ def main() -> None:
                 f"{popularity:<9} {batch:>5} {row['host_tokens_per_s']:>10} {row['disk_tokens_per_s']:>10} {row['ratio']:>9.3f}"
                 f" {row['hit_rate']:>9.2%}"
             )
-    line = json.dumps(result)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(line + "\n")
-    print(line)
+    finish(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -77,10 +77,9 @@ class Transformer(nn.Module):
         """Weights are random as for training; on the meta device they are left unset. KeyError if a table is missing."""
         super().__init__()
         self.config = config
-        # Not nn.Embedding(...): drawing numbers for it on the meta device imports torch._dynamo, 1.5 s of every start.
-        self.embed = nn.Embedding.from_pretrained(
-            torch.empty(config.vocab_size, config.hidden_size), freeze=False
-        )
+        # Given a weight: drawing one on the meta device would import torch._dynamo, 1.5 s of every start.
+        vectors = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, _weight=vectors)
         self.layers = nn.ModuleList(Block(config, i, tables or {}) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = (
