@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -24,6 +22,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
+from measuring import finish, header
 
 import memlane
 from memlane import LLM, SamplingParams
@@ -92,7 +91,9 @@ def measure(
         for name in order[number % len(order) :] + order[: number % len(order)]:
             tokens[name], speed = answer(engines[name], prompts, batch)
             speeds[name].append(speed)
-        assert all(found == tokens["host"] for found in tokens.values()), "placements must not change an answer"
+        assert all(found == tokens["host"] for found in tokens.values()), (
+            "placements must not change an answer"
+        )
         generated += sum(map(len, tokens["host"]))
     results = []
     for name, llm in disks.items():
@@ -126,10 +127,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     result: dict[str, Any] = {
-        "benchmark": "decode",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "load_average": round(os.getloadavg()[0], 2),
+        **header("decode"),
         "model": arguments.model.name,
         "row_cache": arguments.row_cache,
         "target_ratio": 0.9,
@@ -157,11 +155,7 @@ def main() -> None:
                     f" {row['stall_us_per_token']:>6.0f} us/token",
                     flush=True,
                 )
-    line = json.dumps(result)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(line + "\n")
-    print(line)
+    finish(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,12 @@ over repetitions in which all policies take turns.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
-from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tables import cpu_name, foreign_load
+from measuring import Result, finish, header
 
 from memlane.native import RowIndex, cache_policies
 
@@ -37,7 +32,6 @@ DECODE, PROMPT, SCAN = 2048, 32_768, 16_384
 CYCLE = 17  # batches: 16 of decoding and a prompt
 SCRATCH = 8192
 SHARES = [0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5]  # slots / rows
-Result = dict[str, Any]
 
 
 def reads_of_top(share: float) -> float:
@@ -160,10 +154,7 @@ def main() -> None:
     policies = cache_policies()
 
     result: Result = {
-        "benchmark": "policies",
-        "date": date.today().isoformat(),
-        "machine": {"cpu": cpu_name(), "cpus": os.cpu_count(), "kernel": platform.release()},
-        "foreign_load_cpus": foreign_load(),
+        **header("policies"),
         "rows": rows,
         "reads": reads,
         "hit_rates": [],
@@ -189,11 +180,7 @@ def main() -> None:
                 f"   {r['hit_rate']:.3f} hits   index {r['index_bytes_per_slot']:.1f} B/slot"
             )
 
-    line = json.dumps(result)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(line)
+    finish(result, options.out)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="questions answered at a time")
     options = parser.parse_args()
     rng = np.random.default_rng(0)
-    with LLM(
-        DEMO, placement="disk", row_cache="25%", record_rows=str(options.file), warm_start="off"
-    ) as llm:
+    with LLM(DEMO, placement="disk", row_cache="25%", record_rows=str(options.file), warm_start="off") as llm:
         answer(llm, questions(options.questions, "zipf", rng), options.batch)
 
 

@@ -8,9 +8,7 @@ watch is `after_imports_s`, the median time to ready less the median import time
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import re
 import signal
 import statistics
@@ -22,6 +20,7 @@ from typing import Any
 
 import httpx
 import psutil
+from measuring import finish, header
 
 IMPORTS = "import memlane.worker, memlane.engine"  # the worker itself brings torch in only when it loads
 
@@ -81,10 +80,7 @@ def main() -> None:
 
     imports = statistics.median(time_imports() for _ in range(arguments.runs))
     result: dict[str, Any] = {
-        "benchmark": "startup",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "load_average": os.getloadavg()[0],
+        **header("startup"),
         "runs": arguments.runs,
         "imports_s": round(imports, 2),
     }
@@ -99,11 +95,7 @@ def main() -> None:
             f"{placement:<10} {median['ready_s']:>6.2f} s {median['after_imports_s']:>12.2f} s"
             f" {median['server_rss_mib']:>8.0f} MiB {median['engine_rss_mib']:>8.0f} MiB"
         )
-    line = json.dumps(result)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(line + "\n")
-    print(line)
+    finish(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,14 @@ both; the busy share of the CPUs before the start is part of the result. Ceiling
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from datetime import date
 from itertools import cycle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "passive"
@@ -29,6 +26,7 @@ os.environ.setdefault(
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measuring import Result, finish, header, in_turns
 
 from memlane.native import (
     Arena,
@@ -42,32 +40,6 @@ from memlane.native import (
 from memlane.tables import RowFormat, encode_rows
 
 ROW_BYTES = 2048
-Result = dict[str, Any]
-
-
-def in_turns(repetitions: int, **bodies: Callable[[], object]) -> dict[str, float]:
-    """Median seconds of each body, all run once per repetition, in rotating order; one round warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in bodies}
-    names = list(bodies)
-    for repetition in range(repetitions + 1):
-        for name in names[repetition % len(names) :] + names[: repetition % len(names)]:
-            started = time.perf_counter()
-            bodies[name]()
-            if repetition:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def foreign_load(seconds: float = 1.0) -> float:
-    """CPUs' worth of work done by others while this process sleeps."""
-
-    def busy() -> int:
-        fields = [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-        return sum(fields) - fields[3] - fields[4]
-
-    before = busy()
-    time.sleep(seconds)
-    return round((busy() - before) / os.sysconf("SC_CLK_TCK") / seconds, 2)
 
 
 LOOKUP_TARGETS = {(1 << 20, 128): 10, (1 << 20, 32_768): 800, (1 << 26, 128): 20, (1 << 26, 32_768): 2500}
@@ -273,22 +245,8 @@ def main() -> None:
     quick = options.quick
     torch.set_num_threads(get_threads())
 
-    print(
-        f"kernels {kernel_variant()}, {get_threads()} thread(s), foreign load {(load := foreign_load())} CPU(s)"
-    )
-    result: Result = {
-        "benchmark": "tables",
-        "date": date.today().isoformat(),
-        "machine": {
-            "cpu": cpu_name(),
-            "cpus": os.cpu_count(),
-            "kernel": platform.release(),
-            "torch": torch.__version__,
-        },
-        "kernels": kernel_variant(),
-        "threads": get_threads(),
-        "foreign_load_cpus": load,
-    }
+    print(f"kernels {kernel_variant()}, {get_threads()} thread(s)")
+    result: Result = {**header("tables"), "kernels": kernel_variant(), "threads": get_threads()}
 
     print("\nrow lookups, 95 % hits, warm")
     shapes_of_tables = [(1 << 20, 1 << 18)] + ([] if quick else [(1 << 26, 1 << 21), (1 << 26, 1 << 22)])
@@ -342,18 +300,7 @@ def main() -> None:
             f"   its products alone {r['torch_products_us']:9.1f} us   x {r['times_faster']}"
         )
 
-    line = json.dumps(result)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(line)
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
+    finish(result, options.out)
 
 
 if __name__ == "__main__":

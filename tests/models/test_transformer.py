@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -260,3 +262,15 @@ def test_the_model_stops_once_a_memory_layer_and_can_be_left_there() -> None:
     assert advance(pieces) is None
     pieces.close()
     assert events == ["begin t", "close t"]
+
+
+def test_building_on_the_meta_device_does_not_bring_torchs_compiler() -> None:
+    code = """
+import sys, torch
+from memlane.models import ModelConfig, Transformer
+config = ModelConfig(vocab_size=8, hidden_size=8, num_layers=1, num_heads=2, intermediate_size=8, max_position_embeddings=8)
+with torch.device("meta"):
+    Transformer(config)
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

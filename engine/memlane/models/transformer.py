@@ -80,10 +80,9 @@ class Transformer(nn.Module):
         """Weights are random as for training; on the meta device they are left unset. KeyError if a table is missing."""
         super().__init__()
         self.config = config
-        # Random numbers for a weight on "meta" would load half of torch's compiler, 2 s of every start.
-        meta = torch.empty(0).is_meta
-        weight = torch.empty(config.vocab_size, config.hidden_size) if meta else None
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
+        # Given a weight: drawing one on the meta device would import torch._dynamo, 1.5 s of every start.
+        vectors = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, _weight=vectors)
         self.layers = nn.ModuleList(Block(config, i, tables or {}) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = (
