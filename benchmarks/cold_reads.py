@@ -14,23 +14,19 @@ what our reader chooses by itself from the calibration of the device.
 from __future__ import annotations
 
 import argparse
-import json
 import mmap
 import os
 import resource
-import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tables import foreign_load
+from measuring import finish, fio, header, rotated
 
 from memlane.native import Arena, RowReader, SlotStates, crc32c_blocks
 from memlane.tables.device import measure
@@ -63,30 +59,6 @@ class Rows:
             raise RuntimeError("the file is too small for so many turns")
         self._used += count
         return np.sort(self._order[self._used - count : self._used])
-
-
-def fio(path: Path, depth: int, seconds: float, pattern: str = "randread", block: int = PAGE) -> float | None:
-    """Reads a second that fio reaches; None without fio."""
-    if shutil.which("fio") is None:
-        return None
-    command = [
-        "fio",
-        "--name=ceiling",
-        f"--filename={path}",
-        "--readonly",
-        f"--rw={pattern}",
-        f"--bs={block}",
-    ]
-    command += [
-        "--direct=1",
-        "--ioengine=io_uring",
-        f"--iodepth={depth}",
-        "--time_based",
-        f"--runtime={seconds}",
-    ]
-    command += [f"--randseed={time.time_ns() % 1_000_000}", "--norandommap", "--output-format=json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]["read"]["iops"])
 
 
 class Ways:
@@ -144,10 +116,11 @@ def scattered(path: Path, ways: Ways, fresh: Rows, count: int, turns: int, burst
     ceilings = []
     depth = min(count, 256)
     for turn in range(turns):
-        first = fio(path, depth, 1.0)
+        first = fio(path, depth=depth, seconds=1)
         found: dict[str, float] = {}
-        names = list(ways.all().items())
-        for name, (way, part) in names[turn % len(names) :] + names[: turn % len(names)]:
+        every = ways.all()
+        for name in rotated(list(every), turn):
+            way, part = every[name]
             size = max(4, int(count * part))
             repeat = max(1, int(bursts * part))
             batches = [fresh.take(size) for _ in range(repeat)]
@@ -160,8 +133,8 @@ def scattered(path: Path, ways: Ways, fresh: Rows, count: int, turns: int, burst
             found[name] = size * repeat / seconds
             spent = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
             cpu.setdefault(name, []).append(1e6 * spent / (size * repeat))
-        last = fio(path, depth, 1.0)
-        ceiling = None if first is None or last is None else (first + last) / 2
+        last = fio(path, depth=depth, seconds=1)
+        ceiling = (first.reads_per_s + last.reads_per_s) / 2 if first and last else None
         ceilings.append(ceiling or 0.0)
         for name, rate in found.items():
             speed.setdefault(name, []).append(rate)
@@ -207,8 +180,7 @@ def dense(path: Path, rows: int, turns: int) -> list[dict[str, Any]]:
             begin = int(rng.integers(0, rows - stretch))
             wanted = begin + np.sort(rng.choice(stretch, int(stretch * part), replace=False))
             slots = np.arange(len(wanted), dtype=np.int32)
-            names = list(readers)
-            for name in names[turn % 3 :] + names[: turn % 3]:
+            for name in rotated(list(readers), turn):
                 started = time.perf_counter()
                 readers[name].finish(readers[name].start(wanted, slots, arena, states))
                 seconds[name].append(time.perf_counter() - started)
@@ -248,13 +220,10 @@ def main() -> None:
         print(
             f"wrote {size >> 30} GiB at {size / 1e9 / (time.perf_counter() - started):.2f} GB/s", flush=True
         )
-        load = foreign_load()
         ways, fresh = Ways(path, size // ROW, checksums), Rows(size // ROW)
         result = {
-            "benchmark": "cold_reads",
-            "date": date.today().isoformat(),
+            **header("cold_reads"),
             "file_gib": size >> 30,
-            "foreign_load_cpus": load,
             "targets_of_fio": {"2048": 0.85, "128": 0.6},
             "scattered": [
                 scattered(path, ways, fresh, 2048, turns, bursts=8),
@@ -263,11 +232,7 @@ def main() -> None:
             "device": measure(path)._asdict(),
             "dense": dense(path, size // ROW, turns),
         }
-    line = json.dumps(result)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(line)
+    finish(result, options.out)
 
 
 if __name__ == "__main__":
