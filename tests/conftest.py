@@ -14,7 +14,9 @@ DATA = Path(__file__).parent / "data"
 
 # Reasons a test may be skipped even where everything is installed: what the machine itself cannot do.
 EXPECTED_SKIPS = ("no CUDA device", "io_uring is not available", "O_DIRECT is not available", "AVX-512")
-EXPECTED_SKIPS += ("a file system of its own is not available",)  # needs user namespaces, or to be allowed to mount
+EXPECTED_SKIPS += (
+    "a file system of its own is not available",
+)  # needs user namespaces, or to be allowed to mount
 EXPECTED_SKIPS += ("FUSE is not available",)
 
 _unexpected: list[str] = []
