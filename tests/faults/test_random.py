@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +49,15 @@ PARTS = [
 ]
 PROMPTS = [prompt(length, seed) for length in LENGTHS for seed in range(4)]
 PROMPTS += [PROMPTS[-1][:100] + prompt(5, seed) for seed in range(3)]  # they share their beginning
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads that meet after every tiny product make a busy machine ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @functools.cache

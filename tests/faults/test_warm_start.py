@@ -75,12 +75,11 @@ def test_what_the_last_run_knew(model: Path, asked: Asked, tmp_path: Path) -> No
         assert server.terminate() == 0
 
     before = state.stat().st_mtime_ns
-    with Server(model, *DISK, "--warm-start", "off", "--pin-rows", "10%", command=REAL) as server:
-        server.ready(60)
-        server.until(lambda: metric(server, "table_cache_pinned_slots") == SLOTS // 10)
-        assert metric(server, "table_warmed_rows_total") == SLOTS // 10
-        misses_of(server, asked)
-        assert server.terminate() == 0
+    engine = open_engine(model, warm_start="off", pin_rows="10%", warm_wait=True)
+    stats = engine.model.tables["values"].stats()
+    assert stats.pinned_slots == stats.used_slots == stats.warmed_rows == SLOTS // 10
+    use(engine, asked)
+    engine.close()
     assert [path.stat().st_mtime_ns for path in states(tmp_path / "cache")] == [before]
 
     flags = ("--warm-start", "hot-rows", "--pin-rows", "260KB", "--warm-wait")
@@ -106,10 +105,9 @@ def test_killed_and_stopped_in_the_middle_of_a_warm_start(tmp_path: Path, model:
     hang = {"begin": layout.offset + PAGE, "end": layout.offset + layout.nbytes, "do": "hang"}
     with faulty_mount(stored, tmp_path / "mount") as mount:
         (model / TABLE).symlink_to(mount.path / TABLE)
-        with Server(model, *DISK, "--warm-start", "saved", command=REAL) as server:
-            server.ready(60)
-            misses_of(server, asked)
-            assert server.terminate() == 0
+        engine = open_engine(model, warm_start="saved")
+        use(engine, asked)
+        engine.close()
         (state,) = states(tmp_path / "cache")
         saved = state.read_bytes()
 
@@ -132,10 +130,10 @@ def test_killed_and_stopped_in_the_middle_of_a_warm_start(tmp_path: Path, model:
             assert [path.name for path in states(tmp_path / "cache")] == [state.name]
             assert set(np.load(state).tolist()) == set(np.load(io.BytesIO(saved)).tolist())
 
-        with Server(model, *DISK, "--warm-start", "saved", "--warm-wait", command=REAL) as server:
-            server.ready(60)
-            assert misses_of(server, asked) == 0
-            assert server.terminate() == 0
+        engine = open_engine(model, warm_start="saved", warm_wait=True)
+        use(engine, asked)
+        assert engine.model.tables["values"].stats().misses == 0
+        engine.close()
 
 
 def open_engine(model: Path, **options: object) -> Engine:
