@@ -23,6 +23,7 @@ __all__ = ["WarmStart"]
 logger = logging.getLogger(__name__)
 
 _SAVE_SECONDS = 300.0  # between two saves while the engine is idle
+_FORGET_SECONDS = 90 * 24 * 3600.0
 
 Rows = NDArray[np.int64]
 
@@ -69,6 +70,7 @@ class WarmStart:
             path = self._states[table.name]
             try:
                 _write(path, _npy(table.ranking().astype("<u4")))
+                _forget_old_states(path.parent)
             except OSError as error:
                 logger.warning("table %s: what its cache held is not saved: %s", table.name, error)
 
@@ -122,6 +124,13 @@ def _write(path: Path, content: bytes) -> None:
         raise
 
 
+def _forget_old_states(directory: Path) -> None:
+    """States of tables that nobody has served for months, or that have become other files since."""
+    for path in directory.glob("*.npy"):
+        if time.time() - path.stat().st_mtime > _FORGET_SECONDS:
+            path.unlink(missing_ok=True)
+
+
 def _read_state(path: Path, rows: int) -> Rows | None:
     """Row ids saved by an earlier run, or None; a damaged file is as good as none."""
     try:
@@ -143,8 +152,9 @@ def _read_state(path: Path, rows: int) -> Rows | None:
 
 def _read_hot_rows(path: Path, rows: int, most: int) -> Rows:
     try:
-        ids = np.array(np.load(path, mmap_mode="r", allow_pickle=False)[:most])
-    except (OSError, ValueError, EOFError, IndexError) as error:
+        mapped = np.lib.format.open_memmap(path, mode="r")
+        ids = np.array(mapped[:most])
+    except (OSError, ValueError, EOFError, IndexError, SyntaxError, TypeError, KeyError) as error:
         raise CheckpointError(path, f"is not a .npy file of row ids: {error}") from error
     if ids.ndim != 1 or ids.dtype != np.int64 or (len(ids) and not 0 <= ids.min() <= ids.max() < rows):
         raise CheckpointError(path, f"does not hold int64 row ids of a table of {rows} rows")

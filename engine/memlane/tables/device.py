@@ -8,6 +8,7 @@ The denser a batch, the more of its reads join; one that touches every such gap 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -140,4 +141,6 @@ def _save(path: Path, speeds: dict[str, DeviceSpeed]) -> None:
         partial.write_text(text + "\n")
         partial.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         logger.warning("the device's speed cannot be remembered in %s: %s", path, error.strerror)
