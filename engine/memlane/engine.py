@@ -76,8 +76,10 @@ class Engine:
         self.steps = self.last_step_tokens = 0
         self._accepted = self._prompt_tokens = self._generation_tokens = 0
         self._eos_ids = frozenset(self.model.config.eos_token_ids)
-        self._recorder = recording.start(config, self.model)
         self._warm_start = WarmStart(config, self.model)
+        self._recorder = recording.start(
+            config, self.model
+        )  # last: it makes a file, which a failed start must not leave
 
     @property
     def unfinished(self) -> int:
@@ -210,7 +212,7 @@ class Engine:
         return _Computed(plan, torch.empty(0, 0))
 
     def _stall_seconds(self) -> float:
-        return sum(table.stats().stall_seconds for table in self.model.tables.values())
+        return sum(table.stall_seconds for table in self.model.tables.values())
 
     def _check_partial(self, plan: StepPlan, logits: Tensor) -> None:
         """Fail prompts that went wrong before their end, lest what they leave behind reaches other sequences."""

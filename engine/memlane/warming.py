@@ -82,6 +82,7 @@ class WarmStart:
         first: Rows = np.empty(0, np.int64)
         if hot is not None and (pins or self._wanted in ("auto", "hot-rows")):
             first = _read_hot_rows(hot, table.rows, slots)
+            pins = min(pins, len(first))
         elif pins:
             logger.warning("table %s: has no hot_rows to pin", table.name)
             pins = 0

@@ -23,6 +23,9 @@ def advance(pieces: Pieces) -> Tensor | None:
 
 def finish(pieces: Pieces) -> Tensor:
     """Compute all that is left, waiting at every stop."""
-    while (out := advance(pieces)) is None:
-        pass
+    try:
+        while (out := advance(pieces)) is None:
+            pass
+    finally:
+        pieces.close()  # where an interrupt comes between two pieces
     return out

@@ -24,6 +24,7 @@ from memlane.native._core import (
     get_threads,
     kernel_variant,
     kernel_variants,
+    matvec,
     row_index_bytes,
     set_threads,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "get_threads",
     "kernel_variant",
     "kernel_variants",
+    "matvec",
     "row_index_bytes",
     "search_product_keys",
     "select_product_keys",

@@ -58,5 +58,7 @@ def alternate(first: Pieces, second: Pieces) -> tuple[Tensor, Tensor]:
             if ahead is not None and behind is not None:
                 return ahead, behind
     finally:
-        first.close()
-        second.close()
+        try:
+            first.close()
+        finally:
+            second.close()

@@ -88,6 +88,7 @@ class RowCache:
         batch = CacheBatch(self, ids)
         self._under_way.append(batch)
         try:
+            batch.number = self.index.begin()
             batch.start()
         except BaseException:
             batch.close()
@@ -97,7 +98,13 @@ class RowCache:
     def retire(self) -> None:
         """Ends, in their order, the batches that have been closed."""
         while self._under_way and self._under_way[0].closed:
-            self.index.end(self._under_way.popleft().number)
+            batch = self._under_way.popleft()
+            if batch.number:
+                self.index.end(batch.number)
+
+    def is_next(self, batch: CacheBatch) -> bool:
+        """Whether all batches that began before this one have ended."""
+        return self._under_way[0] is batch
 
     def check_integrity(self) -> None:
         """Walks the whole index; AssertionError with the broken invariant. Slow: for tests and after faults."""
@@ -110,7 +117,7 @@ class CacheBatch:
     """A batch of ids on its way through a cache: begun by RowCache.begin, gone through by `parts`, ended by `close`."""
 
     def __init__(self, cache: RowCache, ids: Ids) -> None:
-        self.number = cache.index.begin()
+        self.number = 0  # the index's name for it, once it has begun
         self.closed = False
         self._cache, self._ids = cache, ids
         self._slots = np.empty(len(ids), np.int32)
@@ -131,8 +138,10 @@ class CacheBatch:
                 rows, slots = index.misses()
                 read = cache.source.start(rows, slots, cache.memory)
         except BaseException:
-            if read is None:  # interrupted before the reads began: the rows must not count as cached
-                index.drop(index.misses()[1])
+            # Interrupted: rows that are not read must not count as cached. Reads may have begun without our getting hold
+            # of them; they must not end in a slot that another row has taken meanwhile.
+            cache.source.drain()
+            index.drop(index.misses()[1])
             raise
         self._served += count
         self._part = Part(begin, self._slots[:count], read)
@@ -144,6 +153,10 @@ class CacheBatch:
         Usually one part; more when the batch needs more rows than there are slots. Parts after the first bad row are
         read, to name every bad row, but not handed out.
         """
+        if not self._cache.is_next(
+            self
+        ):  # rows that it found on their way belong to a lookup that did not wait for them
+            raise TableError("lookups of a table must end in the order in which they began")
         while True:
             part = self._part
             assert part is not None
@@ -155,12 +168,11 @@ class CacheBatch:
                 return
             self._cache.index.release_scratch(self.number)
             if not self.start():
-                raise TableError("lookups of a table must end in the order in which they began")
+                raise TableError("no slot of the cache is free for any row of a batch")
 
     def _finish(self, part: Part) -> None:
         """Waits for the part's reads; rows that could not be read leave the index."""
         cache = self._cache
-        self._part = part._replace(read=None)
         if part.read is not None:
             try:
                 part.read.finish()
@@ -169,6 +181,7 @@ class CacheBatch:
                 cache.last_reason = error.reason
             finally:
                 cache.read_seconds += part.read.seconds
+        self._part = part._replace(read=None)  # not earlier: an interrupted wait is to be gone on with
         # Also what an earlier batch failed to read while this one counted on it.
         lost = cache.memory.states.failed(part.slots)
         if len(lost):

@@ -76,8 +76,8 @@ class TableLookup:
     def close(self) -> None:
         """Gives the lookup up, if it has not ended. Waits for reads under way: their slots are not free before."""
         self._ended = True
-        if self._batch is not None:
-            with self._table.busy():
+        if self._batch is not None and not self._batch.closed:
+            with self._table.busy(wait=True):  # a batch left open would keep its slots for ever
                 self._batch.close()
 
     def _end(
@@ -111,8 +111,9 @@ class TableLookup:
         cache = self._table.cache
         assert cache is not None
         if isinstance(part.read, FileRead) and as_ready is not None:
-            stalled, _ = as_ready(view, part, part.read)
+            stalled, failed = as_ready(view, part, part.read)
             cache.stall_seconds += stalled
+            assert not failed or len(cache.memory.states.failed(part.slots)), "rows that nobody reads"
             return
         if part.read is not None:
             started = time.perf_counter()

@@ -53,11 +53,17 @@ class Read(Protocol):
 class RowSource(Protocol):
     """Fills rows into slots. One thread at a time, except for the counters."""
 
-    def start(self, rows: NDArray[np.int64], slots: NDArray[np.int32], out: SlotMemory) -> Read:
+    def start(
+        self, rows: NDArray[np.int64], slots: NDArray[np.int32], out: SlotMemory, background: bool = False
+    ) -> Read:
         """Begins to put row rows[i] into slot slots[i] of `out` and returns. Rows are ascending and unique, none is fine.
 
+        background: what is asked for later may be read first.
         A row's slot reads `ready` in out.states once its bytes are whole, or `failed`. Never half a row or zeros.
         """
+
+    def drain(self) -> None:
+        """Waits for all reads under way, whoever started them."""
 
     @property
     def backend(self) -> str:
@@ -184,8 +190,13 @@ class FileSource:
     def name(self) -> str:
         return self._layout.name
 
-    def start(self, rows: NDArray[np.int64], slots: NDArray[np.int32], out: SlotMemory) -> FileRead:
-        return FileRead(self, rows, self.reader.start(rows, slots, out.arena, out.states))
+    def start(
+        self, rows: NDArray[np.int64], slots: NDArray[np.int32], out: SlotMemory, background: bool = False
+    ) -> FileRead:
+        return FileRead(self, rows, self.reader.start(rows, slots, out.arena, out.states, background))
+
+    def drain(self) -> None:
+        self.reader.drain()
 
     def read(self, rows: NDArray[np.int64], slots: NDArray[np.int32], out: SlotMemory) -> None:
         """start and finish in one."""
@@ -280,7 +291,12 @@ class RamSource:
         self.bytes_read = 0
         self.reads = 0
 
-    def start(self, rows: NDArray[np.int64], slots: NDArray[np.int32], out: SlotMemory) -> Read:
+    def drain(self) -> None:
+        """Nothing is ever under way."""
+
+    def start(
+        self, rows: NDArray[np.int64], slots: NDArray[np.int32], out: SlotMemory, background: bool = False
+    ) -> Read:
         stride = self._rows.shape[1]
         memory = out.arena.array()
         target = memory[: len(memory) // stride * stride].reshape(-1, stride)

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 Placement = Literal["host", "disk"]
 
+_MOST_ROWS = (1 << 31) - 1  # slots are 32-bit numbers
 _LOAD_BYTES = 64 << 20  # read at once while a table is loaded into RAM
 
 
@@ -87,6 +88,8 @@ class ValueTable:
         """
         if placement not in ("host", "disk"):
             raise ValueError(f"placement must be 'host' or 'disk', not {placement!r}")
+        if layout.rows > _MOST_ROWS:
+            raise TableError(f"table {layout.name!r}: {layout.rows} rows; at most {_MOST_ROWS} are supported")
         source = FileSource(
             layout, io=io, allow_uring=allow_uring, merge_gap=merge_gap, deadline=deadline, verify=verify
         )
@@ -151,9 +154,15 @@ class ValueTable:
                 batch = self.cache.begin(flat)
             else:
                 view.check(flat)
+            lookup = TableLookup(self, flat, ids.shape[0], ids.shape[1], batch)
             if self.recorder is not None:
-                self.recorder(flat)
-            return TableLookup(self, flat, ids.shape[0], ids.shape[1], batch)
+                try:
+                    self.recorder(flat)
+                except BaseException:
+                    if batch is not None:
+                        batch.close()
+                    raise
+            return lookup
 
     def weighted_sum(self, ids: Tensor, weights: Tensor) -> Tensor:
         """ids int32 or int64 [tokens, k], weights fp32 [tokens, k] -> fp32 [tokens, width], on the CPU.
@@ -180,9 +189,9 @@ class ValueTable:
             lookup.close()
 
     @contextmanager
-    def busy(self) -> Iterator[RowView]:
-        """Holds the table for one thread. TableError where another has it, or where it is closed."""
-        if not self._busy.acquire(blocking=False):
+    def busy(self, wait: bool = False) -> Iterator[RowView]:
+        """Holds the table for one thread. TableError where another has it (unless it is to wait), or where it is closed."""
+        if not self._busy.acquire(blocking=wait):
             raise TableError(f"table {self.name!r} is used by two threads at once")
         try:
             if self._view is None:
@@ -215,6 +224,8 @@ class ValueTable:
         ids = np.asarray(row_ids, dtype=np.int64).reshape(-1)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.rows:
             raise IndexError(f"a row id is outside [0, {self.rows})")
+        while self.warm_some(1.0):  # what was asked for before holds slots
+            pass
         if self.cache is not None:
             self._warmer = Warmer(self.name, self.cache, ids, pin)
 
@@ -292,6 +303,11 @@ class ValueTable:
             page_cache_bytes=source.page_cache_bytes,
         )
 
+    @property
+    def stall_seconds(self) -> float:
+        """As in stats(), for those who ask at every step."""
+        return 0.0 if self.cache is None else self.cache.stall_seconds
+
     def check_integrity(self) -> None:
         """AssertionError if the cache contradicts itself. Walks everything: for tests, and when idle after faults."""
         if self.cache is not None:
@@ -323,7 +339,7 @@ def _load(layout: TableLayout, source: FileSource) -> SlotMemory:
         before.finish()
     seconds = time.perf_counter() - started
     logger.info("table %s: %.1f MiB loaded into RAM in %.2f s", layout.name, layout.nbytes / 2**20, seconds)
-    return memory
+    return memory._replace(states=SlotStates(0))  # all of them are there
 
 
 def _ids(ids: Tensor, dim: int) -> Ids:

@@ -86,8 +86,9 @@ class Warmer:
             return False
         rows = rows[: len(slots)]
         try:
-            read = self._cache.source.start(rows, slots, self._cache.memory)
+            read = self._cache.source.start(rows, slots, self._cache.memory, background=True)
         except BaseException:
+            self._cache.source.drain()  # the read may have begun all the same
             self._cache.index.give_back(slots)
             raise
         self._next += len(rows)
@@ -97,7 +98,6 @@ class Warmer:
     def _take_in(self, chunk: _Chunk) -> None:
         """Adopts rows that have come."""
         rows, slots, read, pinned = chunk
-        self._chunk = None
         good = np.ones(len(rows), bool)
         try:
             read.finish()
@@ -106,6 +106,7 @@ class Warmer:
             good = ~np.isin(rows, error.rows)
         finally:
             self._cache.read_seconds += read.seconds
+        self._chunk = None  # not earlier: an interrupted wait is to be gone on with
         self._cache.index.give_back(slots[~good])
         self.warmed += self._cache.index.adopt(rows[good], slots[good], pinned)
         self._report(len(rows))

@@ -18,6 +18,7 @@ namespace {
 
 // Below this many bytes of rows a second thread costs more to wake than it saves.
 constexpr std::size_t kBytesPerThread = 256 << 10;
+constexpr std::size_t kMatrixBytesPerThread = 8 << 20;  // one reads in order nearly as fast as two
 
 // A view of `rows` rows in an arena, from byte `offset` on.
 struct RowView {
@@ -181,6 +182,20 @@ void bind_for(nb::class_<RowView>& view) {
   view.def("gather", &gather<T>, "index"_a.noconvert(), "out"_a.noconvert());
 }
 
+// One vector by a matrix. Both threads only where there is enough to read to pay for waking one.
+void matvec(Matrix<const float> weight, Vector<const float> x, Vector<float> out) {
+  const std::size_t n = weight.shape(0);
+  const std::size_t width = weight.shape(1);
+  require(x.shape(0) == width && out.shape(0) == n, "x must be [columns] and out [rows] of the matrix");
+  require(n >= 4, "a matrix has at least 4 rows here");
+  nb::gil_scoped_release release;
+  const auto& kernel = kernels();
+  const std::size_t rows_a_thread = std::max<std::size_t>(4, kMatrixBytesPerThread / (sizeof(float) * std::max<std::size_t>(width, 1)));
+  parallel_ranges(n, rows_a_thread, [&](std::size_t from, std::size_t to) {
+    kernel.scores(x.data(), width, 1, weight.data() + from * width, to - from, width, out.data() + from, n);
+  });
+}
+
 void select_into(Cube<const float> scores, Matrix<std::int64_t> ids, Matrix<float> sums) {
   const std::size_t n = scores.shape(2);
   const std::size_t k = ids.shape(1);
@@ -238,6 +253,7 @@ void bind_kernels(nb::module_& module) {
   bind_for<std::int32_t>(view);
   bind_for<std::int64_t>(view);
 
+  module.def("matvec", &matvec, "weight"_a.noconvert(), "x"_a.noconvert(), "out"_a.noconvert());
   module.def("select_product_keys", &select_into, "scores"_a.noconvert(), "ids"_a.noconvert(), "sums"_a.noconvert());
   module.def("search_product_keys", &search_into, "query"_a.noconvert(), "keys"_a.noconvert(), "ids"_a.noconvert(),
              "sums"_a.noconvert());

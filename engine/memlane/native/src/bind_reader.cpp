@@ -15,7 +15,7 @@ using namespace nb::literals;
 namespace {
 
 std::shared_ptr<ReadRequest> start(RowReader& reader, Vector<const std::int64_t> rows, Vector<const std::int32_t> slots,
-                                   const Arena& arena, const SlotStates& states) {
+                                   const Arena& arena, const SlotStates& states, bool background) {
   const std::size_t count = rows.shape(0);
   const auto& table = reader.queue().options();
   require(slots.shape(0) == count, "rows and slots must be of equal length");
@@ -26,7 +26,7 @@ std::shared_ptr<ReadRequest> start(RowReader& reader, Vector<const std::int64_t>
     require(static_cast<std::uint32_t>(slots.data()[i]) < capacity, "a slot lies outside the arena");
   }
   nb::gil_scoped_release release;
-  return reader.start({rows.data(), rows.data() + count}, {slots.data(), slots.data() + count}, arena, states);
+  return reader.start({rows.data(), rows.data() + count}, {slots.data(), slots.data() + count}, arena, states, background);
 }
 
 nb::tuple finish(RowReader& reader, ReadRequest& request) {
@@ -108,7 +108,9 @@ void bind_reader(nb::module_& module) {
       .def(nb::new_(&open_reader), "path"_a, "offset"_a, "stride"_a, "rows"_a, "checksums"_a = nb::none(),
            "allow_uring"_a = true, "allow_direct"_a = true, "depth"_a = 256, "merge_gap"_a = 4096, "deadline"_a = 30.0,
            "fixed_buffers"_a = true)
-      .def("start", &start, "rows"_a.noconvert(), "slots"_a.noconvert(), "arena"_a, "states"_a)
+      .def("start", &start, "rows"_a.noconvert(), "slots"_a.noconvert(), "arena"_a, "states"_a,
+           "background"_a = false)
+      .def("drain", &RowReader::drain, nb::call_guard<nb::gil_scoped_release>())
       .def("finish", &finish, "request"_a)
       .def(
           "wait",
@@ -138,7 +140,6 @@ void bind_reader(nb::module_& module) {
       .def_prop_ro("rows", [](const RowReader& reader) { return reader.queue().options().rows; })
       .def_prop_ro("stride", [](const RowReader& reader) { return reader.queue().options().stride; })
       .def_prop_ro("merge_gap", [](const RowReader& reader) { return reader.queue().options().merge_gap; })
-      .def_prop_ro("checks_rows", [](const RowReader& reader) { return !reader.queue().options().checksums.empty(); })
       .def_prop_ro("buffer_bytes", &RowReader::buffer_bytes)
       .def_prop_ro("page_cache_bytes", &RowReader::page_cache_bytes)
       .def_prop_ro("bytes_read", [](const RowReader& reader) { return reader.queue().bytes_read.load(); })

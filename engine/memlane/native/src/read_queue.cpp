@@ -55,7 +55,11 @@ void ReadQueue::add(std::shared_ptr<ReadRequest> request) {
   request->begun = request->progressed = Clock::now();
   for (const std::int32_t slot : request->slots) request->states.set(static_cast<std::size_t>(slot), SlotStates::reading);
   std::lock_guard lock(mutex);
-  if (request->has_backlog()) requests_.push_back(std::move(request));
+  if (!request->has_backlog()) return;
+  auto place = requests_.end();
+  if (!request->background)
+    place = std::find_if(requests_.begin(), requests_.end(), [](const auto& other) { return other->background; });
+  requests_.insert(place, std::move(request));
 }
 
 bool ReadQueue::has_backlog() const { return !requests_.empty(); }
@@ -77,7 +81,10 @@ bool ReadQueue::take(ReadOperation& operation) {
   } else {
     operation.extent = request.extents[request.next++];
   }
-  if (!request.has_backlog()) requests_.pop_front();
+  if (!request.has_backlog()) {
+    requests_.pop_front();
+    if (!requests_.empty()) requests_.front()->progressed = Clock::now();  // it waited for its turn, not for the disk
+  }
   ++request.running;
   ++in_flight;
   operation.started = request.progressed = Clock::now();

@@ -46,6 +46,7 @@ struct ReadRequest {
   std::vector<std::int64_t> rows;  // ascending, unique; not changed after the start, like slots
   std::vector<std::int32_t> slots;
   std::uint8_t* out;
+  bool background = false;          // others go first
   SlotStates states;                // shared with whoever uses the rows
   std::shared_ptr<const void> memory;  // what `out` lies in
   std::vector<Extent> extents;
@@ -94,7 +95,6 @@ class ReadQueue {
   explicit ReadQueue(Options options) : options_(std::move(options)) {}
 
   const Options& options() const { return options_; }
-  void set_merge_gap(std::size_t bytes) { options_.merge_gap = bytes; }
 
   // Rows as extents, in the order of the file.
   std::vector<Extent> plan(const std::vector<std::int64_t>& rows) const;
@@ -102,6 +102,7 @@ class ReadQueue {
 
   // All below: with `mutex` held.
   bool has_backlog() const;
+  bool idle() const { return requests_.empty() && in_flight == 0; }
   const Extent* peek() const;                  // what take() would give, or null
   bool take(ReadOperation& operation);         // the next extent of the oldest request; its buffer is the caller's
   // Takes note of a finished read (bytes or -errno); `again`: read on from `done`.
@@ -154,7 +155,7 @@ class ReadQueue {
   void finish(ReadOperation& operation);
 
   Options options_;
-  std::deque<std::shared_ptr<ReadRequest>> requests_;  // with a backlog, oldest first
+  std::deque<std::shared_ptr<ReadRequest>> requests_;  // with a backlog, oldest first, those in the background last
   Fault fault_;
 };
 

@@ -23,7 +23,7 @@ constexpr unsigned kThreads = 32;               // blocking reads in flight with
 
 }  // namespace
 
-RowReader::RowReader(const Options& options) {
+RowReader::RowReader(const Options& options) : process_(getpid()) {
   if (options.queue.stride == 0) throw std::invalid_argument("stride must be positive");
   ReadQueue::Options queue = options.queue;
   queue.longest = std::max<std::size_t>(queue.longest, (queue.stride + 3 * kPage - 1) / kPage * kPage);
@@ -44,6 +44,7 @@ RowReader::RowReader(const Options& options) {
 }
 
 RowReader::~RowReader() {
+  if (process_ != getpid()) static_cast<void>(driver_.release());  // its threads are not ours to wait for
   driver_.reset();
   close(file_);
 }
@@ -110,14 +111,16 @@ std::string RowReader::try_reading() {
   const SlotStates state(1);
   const auto failures = finish(*start({0}, {0}, row, state));
   queue_->bytes_read = queue_->reads = queue_->retries = queue_->corrupt_pages = 0;
-  // A row that is only corrupt has been read.
-  if (failures.empty() || failures[0].error == EBADMSG) return "";
+  // A row that is damaged, on the medium or in its bytes, says nothing against the way it was read.
+  if (failures.empty() || failures[0].error == EBADMSG || failures[0].error == EIO) return "";
   return failures[0].error == 0 ? "short read" : std::strerror(failures[0].error);
 }
 
 std::shared_ptr<ReadRequest> RowReader::start(std::vector<std::int64_t> rows, std::vector<std::int32_t> slots,
-                                              const Arena& out, const SlotStates& states) {
+                                              const Arena& out, const SlotStates& states, bool background) {
+  require_own_process();
   auto request = std::make_shared<ReadRequest>(std::move(rows), std::move(slots), out, states);
+  request->background = background;
   queue_->add(request);
   driver_->started();
   return request;
@@ -129,6 +132,23 @@ std::vector<ReadFailure> RowReader::finish(ReadRequest& request) {
   std::sort(request.failures.begin(), request.failures.end(),
             [](const ReadFailure& a, const ReadFailure& b) { return a.position < b.position; });
   return request.failures;
+}
+
+void RowReader::drain() {
+  constexpr std::chrono::milliseconds kTick{20};
+  ReadRequest nobody({}, {}, Arena(0), SlotStates(0));
+  nobody.running = 1;  // never done: waiting for it is driving what others asked for
+  while (true) {
+    {
+      std::lock_guard lock(queue_->mutex);
+      if (queue_->idle()) return;
+    }
+    wait(nobody, 0, ReadQueue::Clock::now() + kTick);
+  }
+}
+
+void RowReader::require_own_process() const {
+  if (process_ != getpid()) throw std::runtime_error("a table cannot be read in a process forked from the one that opened it");
 }
 
 std::int64_t RowReader::page_cache_bytes() const {

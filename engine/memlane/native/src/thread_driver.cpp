@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <system_error>
 #include <thread>
 
 namespace memlane {
@@ -29,8 +30,14 @@ ThreadDriver::ThreadDriver(std::shared_ptr<ReadQueue> queue, int file, unsigned 
     : queue_(queue), crew_(new Crew{std::move(queue), file, Arena(threads * buffer_bytes), buffer_bytes, {}, {}, 0}) {
   crew_->operations.resize(threads);
   crew_->reading.resize(threads);
-  crew_->alive = threads;
-  for (std::size_t place = 0; place < threads; ++place) std::thread([crew = crew_, place] { work(crew, place); }).detach();
+  try {
+    for (std::size_t place = 0; place < threads; ++place) {
+      std::thread([crew = crew_, place] { work(crew, place); }).detach();
+      ++crew_->alive;
+    }
+  } catch (const std::system_error&) {
+    if (crew_->alive == 0) throw;  // with fewer threads it is only slower
+  }
 }
 
 // Threads that are still in a read are left to themselves: they hold what they need and end when their read does.
