@@ -328,6 +328,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="1 M rows and one turn: a smoke test")
+    parser.add_argument("--turns", type=int, default=3, help="how often all states take their turn")
     parser.add_argument("--out", type=Path, help="write the result here too")
     parser.add_argument("--dir", type=Path, help="where to put the model (default: a temporary directory)")
     options = parser.parse_args()
@@ -347,7 +348,7 @@ def main() -> None:
         result |= {"rows": layout.rows, "row_bytes": layout.stride, "threads": torch.get_num_threads()}
         result["theirs"] = {f"{work}, {place}": n for (work, place), n in THEIRS.items()}
         result["figures"], result["fio"] = measure(
-            bench, 1 if quick else 3, 1 if quick else 4, 1 if quick else 3
+            bench, 1 if quick else options.turns, 1 if quick else 4, 1 if quick else 3
         )
         result["step"] = where_a_step_goes(bench, 65 if quick else 257)
     show(result["figures"])

@@ -165,6 +165,17 @@ def test_wrong_hot_rows_are_refused(tmp_path: Path) -> None:
         convert(out, tmp_path / "again", progress=False)
 
 
+def test_no_more_rows_are_pinned_than_are_known_to_be_hot(tmp_path: Path) -> None:
+    out = convert(SMLM, tmp_path / "out", progress=False)
+    np.save(out / "hot_rows.npy", np.array([5, 9, 2]))
+    with load_model(out, tables=TableOptions("disk", 10000)) as model:
+        WarmStart(
+            EngineConfig(model=str(out), pin_rows="50%", warm_start="off", warm_wait=True), model
+        )  # fmt: skip
+        assert model.tables["values"].stats().pinned_slots == 3
+        assert set(model.tables["values"].ranking().tolist()) == {2, 5, 9}
+
+
 def test_unknown_row_format(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="rows must be one of float32"):
         convert(SMLM, tmp_path / "out", rows="int3")

@@ -267,6 +267,82 @@ def test_a_lookup_ends_once_and_in_its_order(make_table: Any) -> None:
     table.check_integrity()
 
 
+def test_rows_on_their_way_are_not_used_before_their_lookup_has_ended(make_table: Any) -> None:
+    layout, values = make_table(rows=4000, width=64)
+    table = ValueTable.open(layout, "disk", 500 * layout.stride)
+    table.source.inject_fault(0, 3999, -1, -1)
+    ids = torch.arange(0, 400, 10)[:, None]
+    first, second = table.begin(ids), table.begin(ids)  # the second finds all its rows on their way
+    with pytest.raises(TableError, match="order"):
+        second.gather()
+    with pytest.raises(TableError, match="order"):
+        table.gather(torch.tensor([7]))
+    table.source.inject_fault(0, 0, 0, 0)
+    assert torch.equal(first.gather(), values[ids.flatten()])
+    table.check_integrity()
+    assert torch.equal(table.gather(torch.arange(500)), values[:500])
+
+
+def test_an_interrupt_just_after_reads_began(make_table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads that nobody holds any more must not end in slots that other rows have taken."""
+    layout, values = make_table(rows=3000, width=64)
+    table = ValueTable.open(layout, "disk", 60 * layout.stride)
+    start, rng = table.source.start, np.random.default_rng(0)
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        start(*arguments, **named)
+        raise KeyboardInterrupt
+
+    for _ in range(100):
+        with monkeypatch.context() as patched:
+            patched.setattr(table.source, "start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                table.gather(torch.from_numpy(rng.integers(0, 3000, 40)))
+        table.check_integrity()
+        assert table.source.in_flight == 0
+        ids = torch.from_numpy(rng.integers(0, 3000, 50))
+        assert torch.equal(table.gather(ids), values[ids])
+
+
+def test_a_recorder_that_fails_leaves_no_lookup_behind(make_table: Any) -> None:
+    layout, values = make_table(rows=100, width=4)
+    table = ValueTable.open(layout, "disk", 20 * layout.stride)
+
+    def broken(_: Any) -> None:
+        raise MemoryError
+
+    table.recorder = broken
+    with pytest.raises(MemoryError):
+        table.gather(torch.arange(9))
+    table.recorder = None
+    table.check_integrity()
+    assert torch.equal(table.gather(torch.arange(100)), values)
+
+
+def test_a_forked_process_cannot_read(make_table: Any) -> None:
+    layout, _ = make_table(rows=3000, width=64)
+    code = """
+import os, sys, torch
+from memlane.tables import TableLayout, ValueTable
+layout = TableLayout.from_safetensors(sys.argv[1], "values")
+for uring in (True, False):
+    table = ValueTable.open(layout, "disk", 1 << 16, allow_uring=uring)
+    before = table.gather(torch.arange(50))
+    child = os.fork()
+    if child == 0:
+        try:
+            table.gather(torch.arange(1000, 1500))
+        except RuntimeError as error:
+            del table
+            os._exit(0 if "forked" in str(error) else 2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch.equal(table.gather(torch.arange(3000))[:50], before)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(layout.path)], timeout=60, check=False)
+    assert done.returncode == 0
+
+
 def test_rows_are_summed_while_others_are_missing(make_table: Any) -> None:
     """What is there is added before what is missing has come, in an order that does not depend on it."""
     layout, _ = make_table(rows=4000, width=256)
