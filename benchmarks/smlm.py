@@ -39,6 +39,7 @@ from measuring import DiskSpeed, Result, finish, fio, foreign_load, header, leav
 from random_model import random_prompt, write_random_model
 
 import memlane.engine
+import memlane.models.layers
 import memlane.models.memory
 import memlane.models.transformer
 from memlane import LLM, SamplingParams
@@ -240,7 +241,7 @@ def verdicts(figures: Sequence[Result]) -> list[Result]:
 
 # What a step of decoding calls, by what it does. No one of them is called by another.
 PARTS: dict[str, list[tuple[Any, str]]] = {
-    "dense products": [(torch.nn.functional, "linear"), (torch, "bmm")],
+    "dense products": [(torch.nn.functional, "linear"), (memlane.models.layers, "matvec")],
     "key search": [(memlane.models.memory, "search")],
     "row sums": [(ValueTable, "begin"), (TableLookup, "weighted_sum")],
     "attention": [(PagedAttention, "__call__")],

@@ -79,7 +79,9 @@ def lookups(ids_per_batch: int, batches: int, rows: int = 1 << 20, slots: int = 
     ours_seconds, twin_seconds = [], []
     asked: list[np.ndarray] = []
     before = index.counters()
-    together = max(1, min(batches, 4096 // (ids_per_batch - hot)))  # few enough to evict no row that is hot
+    together = max(
+        1, min(batches, slots // 4 // (ids_per_batch - hot))
+    )  # few enough to evict no row that is hot
     for _ in range(0, batches, together):
         recent = index.ranking()
         cold = rng.permutation(

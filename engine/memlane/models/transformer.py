@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from contextlib import closing
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlane.models.attention import Attention
 from memlane.models.config import ModelConfig
-from memlane.models.layers import FeedForward, RMSNorm, Rope, rope_at, rotate
+from memlane.models.layers import FeedForward, Linear, RMSNorm, Rope, linear, rope_at, rotate
 from memlane.models.memory import MemoryLayer
 from memlane.models.pieces import Pieces, finish
 from memlane.tables import Table
@@ -26,10 +25,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.interleaved = config.rope_interleaved
-        self.wqkv = nn.Linear(
-            config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False
-        )
-        self.wo = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.wqkv = Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.wo = Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, layer: int, rope: Rope, attention: Attention) -> Tensor:
         qkv = self.wqkv(x).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
@@ -86,9 +83,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, i, tables or {}) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         )
         if not self.embed.weight.is_meta:
             self.init_weights()
@@ -114,7 +109,7 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, D] as `forward` returns it -> fp32 [n, vocab]."""
         head = self.embed if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight).float()
+        return linear(hidden, head.weight).float()
 
     @torch.no_grad()
     def init_weights(self) -> None:
