@@ -7,7 +7,6 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -202,9 +201,15 @@ def test_an_engine_that_waits_for_rows_tries_halves() -> None:
     """As its tables report it, all the time is spent waiting."""
     table = SlowTable(tiny.table())
     e = engine({"values": table}, max_num_seqs=40)
-    e.model.tables["values"] = cast(
-        Any, SimpleNamespace(stats=lambda: SimpleNamespace(stall_seconds=perf_counter()))
-    )
+
+    class Waiting:
+        """All it does is wait."""
+
+        @property
+        def stall_seconds(self) -> float:
+            return perf_counter()
+
+    e.model.tables["values"] = cast(Any, Waiting())
     for i in range(40):
         e.add(request(f"r{i}", prompt(1, i), tiny.greedy(max_tokens=20)))
     while e.unfinished:

@@ -275,9 +275,9 @@ def test_rows_on_their_way_are_not_used_before_their_lookup_has_ended(make_table
     first, second = table.begin(ids), table.begin(ids)  # the second finds all its rows on their way
     with pytest.raises(TableError, match="order"):
         second.gather()
+    table.source.inject_fault(0, 0, 0, 0)
     with pytest.raises(TableError, match="order"):
         table.gather(torch.tensor([7]))
-    table.source.inject_fault(0, 0, 0, 0)
     assert torch.equal(first.gather(), values[ids.flatten()])
     table.check_integrity()
     assert torch.equal(table.gather(torch.arange(500)), values[:500])
