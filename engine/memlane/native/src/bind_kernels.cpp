@@ -122,49 +122,44 @@ std::uint64_t touch(const RowView& view, Vector<const std::int64_t> index) {
   return total;
 }
 
-// The same while rows are still being read: `index` holds slots, whose states say which rows are there.
-// Returns (seconds in which nothing could be done, whether a row turned out unreadable).
-nb::tuple weighted_sum_as_ready(const RowView& view, Vector<const std::int32_t> index, Matrix<const float> weights,
-                                Matrix<float> out, std::size_t begin, const SlotStates& states, RowReader& reader,
-                                ReadRequest* request) {
-  const std::size_t k = weights.shape(1);
-  const std::size_t n = index.shape(0);
-  require(out.shape(0) == weights.shape(0) && out.shape(1) == view.rows.width, "out must be [tokens, width]");
-  require(begin <= weights.size() && n <= weights.size() - begin, "index reaches past the last token");
+// Runs kernel(rows, from, to) over a [tokens, k] batch while rows are still being read: `index` holds slots, whose states
+// say which rows are there. Returns (seconds in which nothing could be done, whether a row turned out unreadable).
+template <class Kernel>
+nb::tuple as_ready(const RowView& view, const Vector<const std::int32_t>& index, std::size_t k, std::size_t begin,
+                   const SlotStates& states, RowReader& reader, ReadRequest* request, const Kernel& kernel) {
   require(states.size() >= view.count, "every row needs a state");
+  const std::size_t n = index.shape(0);
+  const std::size_t min_tokens = (min_rows(view) + k - 1) / std::max<std::size_t>(k, 1);
   Waited waited;
   {
     nb::gil_scoped_release release;
     Indices rows = checked_indices(index.data(), n, view.count);
-    rows.i32 -= begin;  // the kernel counts from the batch's first row
-    const auto& kernel = kernels();
-    waited = run_as_ready(index.data(), k, begin, n, states, reader, request, (min_rows(view) + k - 1) / std::max<std::size_t>(k, 1),
-                          [&](std::size_t from, std::size_t to) {
-                            kernel.weighted_sum(view.rows, rows, weights.data(), out.data(), k, from, to);
-                          });
+    rows.i32 -= begin;  // kernels count from the batch's first row
+    waited = run_as_ready(index.data(), k, begin, n, states, reader, request, min_tokens,
+                          [&](std::size_t from, std::size_t to) { kernel(rows, from, to); });
   }
   return nb::make_tuple(waited.stall_seconds, waited.failed);
+}
+
+nb::tuple weighted_sum_as_ready(const RowView& view, Vector<const std::int32_t> index, Matrix<const float> weights,
+                                Matrix<float> out, std::size_t begin, const SlotStates& states, RowReader& reader,
+                                ReadRequest* request) {
+  const std::size_t k = weights.shape(1);
+  require(out.shape(0) == weights.shape(0) && out.shape(1) == view.rows.width, "out must be [tokens, width]");
+  require(begin <= weights.size() && index.shape(0) <= weights.size() - begin, "index reaches past the last token");
+  return as_ready(view, index, k, begin, states, reader, request, [&](Indices rows, std::size_t from, std::size_t to) {
+    kernels().weighted_sum(view.rows, rows, weights.data(), out.data(), k, from, to);
+  });
 }
 
 nb::tuple dot_as_ready(const RowView& view, Vector<const std::int32_t> index, Matrix<const float> x, Matrix<float> out,
                        std::size_t begin, const SlotStates& states, RowReader& reader, ReadRequest* request) {
   const std::size_t k = out.shape(1);
-  const std::size_t n = index.shape(0);
   require(x.shape(0) == out.shape(0) && x.shape(1) == view.rows.width, "x must be [tokens, width]");
-  require(begin <= out.size() && n <= out.size() - begin, "index reaches past the last token");
-  require(states.size() >= view.count, "every row needs a state");
-  Waited waited;
-  {
-    nb::gil_scoped_release release;
-    Indices rows = checked_indices(index.data(), n, view.count);
-    rows.i32 -= begin;
-    const auto& kernel = kernels();
-    waited = run_as_ready(index.data(), k, begin, n, states, reader, request, (min_rows(view) + k - 1) / std::max<std::size_t>(k, 1),
-                          [&](std::size_t from, std::size_t to) {
-                            kernel.dot(view.rows, rows, x.data(), out.data(), k, from, to);
-                          });
-  }
-  return nb::make_tuple(waited.stall_seconds, waited.failed);
+  require(begin <= out.size() && index.shape(0) <= out.size() - begin, "index reaches past the last token");
+  return as_ready(view, index, k, begin, states, reader, request, [&](Indices rows, std::size_t from, std::size_t to) {
+    kernels().dot(view.rows, rows, x.data(), out.data(), k, from, to);
+  });
 }
 
 template <class T>

@@ -89,15 +89,7 @@ void bind_reader(nb::module_& module) {
             }
             return to_numpy(std::move(positions));
           },
-          "slots"_a.noconvert())
-      .def(
-          "count",
-          [](const SlotStates& states, int state) {
-            std::size_t found = 0;
-            for (std::size_t slot = 0; slot < states.size(); ++slot) found += states[slot] == state ? 1 : 0;
-            return found;
-          },
-          "state"_a);
+          "slots"_a.noconvert());
 
   nb::class_<ReadRequest>(module, "ReadRequest")
       .def("__len__", [](const ReadRequest& request) { return request.rows.size(); })
