@@ -10,6 +10,16 @@ import pytest
 # Spinning OpenMP threads stall each other on small machines; must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+
+def _has_gpu() -> bool:
+    """Asked of the driver, not of torch, which must not be imported yet."""
+    return Path("/dev/nvidiactl").exists()
+
+
+# Without a GPU Triton's kernels run in its interpreter; it must be told before they are defined.
+if not _has_gpu():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 DATA = Path(__file__).parent / "data"
 
 # Reasons a test may be skipped even where everything is installed: what the machine itself cannot do.

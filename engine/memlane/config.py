@@ -16,9 +16,11 @@ from msgspec import Meta
 
 from memlane.errors import ConfigError
 
-Placement = Literal["auto", "host", "disk"]
+Device = Literal["auto", "cpu", "cuda"]
+Placement = Literal["auto", "device", "host", "disk"]
 TableIO = Literal["auto", "direct", "buffered"]
 CachePolicy = Literal["lru", "sieve", "s3fifo", "tinylfu"]
+AttentionBackend = Literal["auto", "flashinfer", "flash-attn", "varlen", "sdpa"]
 WarmStart = Literal["auto", "saved", "hot-rows", "off"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Help = Meta  # Annotated[type, Help(description="…")] reads as what it is
@@ -33,13 +35,34 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tokenizer: Annotated[str | None, Help(description="tokenizer.json, when the checkpoint brings none")] = (
         None
     )
+    device: Annotated[Device, Help(description="what computes; auto takes a GPU where there is one")] = "auto"
     placement: Annotated[
-        Placement, Help(description="where value tables live: RAM (host) or the file on disk (disk)")
+        Placement,
+        Help(
+            description="where value tables live: memory of the GPU (device), RAM (host), the file on disk (disk)"
+        ),
     ] = "auto"
     row_cache: Annotated[
         str,
         Help(description="RAM for cached rows of tables on disk: bytes (64MiB) or part of the tables (25%)"),
     ] = "25%"
+    gpu_row_cache: Annotated[
+        str,
+        Help(
+            description="GPU memory for cached rows of tables elsewhere: bytes, part of the tables, or auto: see docs/gpu.md"
+        ),
+    ] = "auto"
+    gpu_memory_utilization: Annotated[
+        Annotated[float, Meta(gt=0, le=1)],
+        Help(description="part of the GPU's memory to use, weights, tables, caches and all"),
+    ] = 0.9
+    cuda_graphs: Annotated[bool, Help(description="replay decode steps as CUDA graphs on a GPU")] = True
+    attention_backend: Annotated[
+        AttentionBackend, Help(description="what computes attention on a GPU; auto takes the first there is")
+    ] = "auto"
+    async_scheduling: Annotated[
+        bool, Help(description="plan the next step while a GPU runs the current one")
+    ] = True
     cache_policy: Annotated[
         CachePolicy, Help(description="which cached rows make way for others; see `memlane cache-sim`")
     ] = "lru"
@@ -75,7 +98,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = 2048
     kv_cache: Annotated[
         str,
-        Help(description="RAM for the KV cache: bytes (1GiB), or auto: what max_num_seqs can fill, to 1GiB"),
+        Help(
+            description="memory for the KV cache: bytes (1GiB), or auto: what max_num_seqs can fill, to 1GiB in RAM"
+        ),
     ] = "auto"
     block_size: Annotated[_PositiveInt, Help(description="tokens in one KV block")] = 16
     prefix_caching: Annotated[bool, Help(description="reuse KV blocks of equal prompt beginnings")] = True
@@ -96,6 +121,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         parse_bytes(self.record_rows_limit, option="record_rows_limit")
         if self.kv_cache != "auto":
             parse_bytes(self.kv_cache, option="kv_cache")
+        if self.gpu_row_cache != "auto":
+            parse_bytes(self.gpu_row_cache, whole=0, option="gpu_row_cache")
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -45,7 +45,8 @@ RULES = [
         ),
         ("torch", "numpy"),
     ),
-    (ENGINE / "tables", ("memlane.tables", "memlane.native"), ()),
+    (ENGINE / "tables", ("memlane.tables", "memlane.native", "memlane.kernels"), ()),
+    (ENGINE / "kernels", ("memlane.kernels",), ()),
     (ENGINE / "native", ("memlane.native",), ()),
     (ENGINE / "text", ("memlane.text", "memlane.errors"), ("torch",)),
     (
@@ -55,7 +56,14 @@ RULES = [
     ),
     (
         ENGINE / "models",
-        ("memlane.models", "memlane.tables", "memlane.native", "memlane.checkpoints", "memlane.errors"),
+        (
+            "memlane.models",
+            "memlane.tables",
+            "memlane.native",
+            "memlane.kernels",
+            "memlane.checkpoints",
+            "memlane.errors",
+        ),
         (),
     ),
 ]

@@ -32,6 +32,9 @@ __all__ = ["MemoryLayer", "Pending", "PendingMemory"]
 class Pending(Protocol):
     """A layer's output that waits for something. `finish` ends it, `close` gives it up (idempotent, fine after the end)."""
 
+    def fetch(self) -> None:
+        """As `Lookup.fetch`."""
+
     def finish(self) -> Tensor:
         """-> [T, D], in the dtype of the layer's input."""
 
@@ -48,6 +51,10 @@ class PendingMemory:
         closes them."""
         self._layer, self._x, self._weights, self._lookups = layer, x, weights, lookups
         self._opened = opened
+
+    def fetch(self) -> None:
+        for lookup in self._lookups:
+            lookup.fetch()
 
     def finish(self) -> Tensor:
         """Wait for the rows -> [T, D], in x's dtype. Raises RowReadError if a row could not be read."""

@@ -1,14 +1,23 @@
-"""A computation that stops where it would have to wait: a generator that says nothing and returns a tensor."""
+"""A computation that stops where it would have to wait: a generator of what it waits for, that returns a tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
+from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Pieces", "advance", "finish"]
+__all__ = ["Pieces", "Waiting", "advance", "finish"]
 
-Pieces = Generator[None, None, Tensor]
+
+class Waiting(Protocol):
+    """What a computation waits for at a stop."""
+
+    def fetch(self) -> None:
+        """As `Lookup.fetch`. Going on calls it where that is needed, except from within a replayed graph."""
+
+
+Pieces = Generator[Waiting, None, Tensor]
 
 
 def advance(pieces: Pieces) -> Tensor | None:

@@ -62,7 +62,7 @@ class Block(nn.Module):
             out: Tensor = x + self.ffn(normed)
             return out
         with closing(self.memory.begin(normed)) as pending:
-            yield
+            yield pending
             return x + pending.finish()
 
 

@@ -69,6 +69,9 @@ class TableLookup:
         self._end(whole=lambda view, ids, begin: view.gather(ids, into[begin : begin + len(ids)]))
         return out
 
+    def fetch(self) -> None:
+        """Nothing: whoever sums the rows waits for them."""
+
     def wait(self) -> None:
         """Ends the lookup without computing anything: its rows are cached then, as far as they fit."""
         self._end(whole=lambda view, ids, begin: None)

@@ -16,6 +16,13 @@ class Lookup(Protocol):
     with tokens counted within this lookup, if some could not be read. What is no longer wanted must be closed.
     """
 
+    def fetch(self) -> None:
+        """The processor's own part in bringing rows to a GPU, where there is one; else nothing.
+
+        Whoever ends the lookup calls it, if nobody has. A captured graph leaves it out, so whoever replays one calls it
+        before the piece that ends the lookup, each time.
+        """
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """weights fp32 [tokens, k] -> sum over k of weights * rows, fp32 [tokens, width]."""
 

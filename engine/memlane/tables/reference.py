@@ -26,6 +26,9 @@ class ReferenceLookup:
         """x fp32 [tokens, width] -> fp32 [tokens, k]. RuntimeError if the lookup has ended."""
         return self._table.dot(self._end(), x)
 
+    def fetch(self) -> None:
+        pass
+
     def close(self) -> None:
         self._ids = None
 
