@@ -33,7 +33,7 @@ __all__ = ["Placement", "ValueTable"]
 
 logger = logging.getLogger(__name__)
 
-Placement = Literal["host", "disk"]
+Placement = Literal["device", "host", "disk"]
 
 _MOST_ROWS = (1 << 31) - 1  # slots are 32-bit numbers
 _LOAD_BYTES = 64 << 20  # read at once while a table is loaded into RAM
