@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from memlane.config import EngineConfig, parse_bytes
 from memlane.errors import ConfigError
 from memlane.models import ModelConfig
 from memlane.runner import KVCache
+from memlane.sizes import format_size, format_size_that_holds
 from memlane.tables import Placement
 
 __all__ = ["Choices", "KVSize", "available_memory"]
@@ -23,14 +23,6 @@ _KV_AUTO_LIMIT = 1 << 30
 _TABLE_SHARE = (
     0.5  # of available memory that tables may take unasked: the rest is for weights, KV and the page cache
 )
-
-
-class _Unit(NamedTuple):
-    name: str
-    bytes: int
-
-
-_UNITS = (_Unit("GiB", 1 << 30), _Unit("MiB", 1 << 20), _Unit("KiB", 1 << 10))
 
 
 class KVSize(NamedTuple):
@@ -64,8 +56,8 @@ class Choices:
         fits = table_bytes <= available * _TABLE_SHARE
         placement: Placement = "host" if fits else "disk"
         self.note(
-            f"placement: {placement} (tables of {_size(table_bytes)} take {'at most' if fits else 'more than'} "
-            f"{_TABLE_SHARE:.0%} of the {_size(available)} of memory available)"
+            f"placement: {placement} (tables of {format_size(table_bytes)} take {'at most' if fits else 'more than'} "
+            f"{_TABLE_SHARE:.0%} of the {format_size(available)} of memory available)"
         )
         return placement
 
@@ -101,22 +93,22 @@ class Choices:
             limit = min(_KV_AUTO_LIMIT, available // 4 if available is not None else _KV_AUTO_LIMIT)
             blocks = min(c.max_num_seqs * a_sequence, limit // block_bytes)
             self.note(
-                f"kv_cache: {_size(blocks * block_bytes)}, {blocks * c.block_size} tokens "
-                f"({c.max_num_seqs} sequences of {wanted} tokens, to {_size(limit)})"
+                f"kv_cache: {format_size(blocks * block_bytes)}, {blocks * c.block_size} tokens "
+                f"({c.max_num_seqs} sequences of {wanted} tokens, to {format_size(limit)})"
             )
         else:
             asked = parse_bytes(c.kv_cache, option="kv_cache")
             if available is not None and asked > available:
                 raise ConfigError(
-                    f"kv_cache: {_size(asked)} is more than the {_size(available)} of memory available"
+                    f"kv_cache: {format_size(asked)} is more than the {format_size(available)} of memory available"
                 )
             blocks = asked // block_bytes
         if blocks >= a_sequence:
             return KVSize(blocks, wanted)
         if c.max_model_len is not None or blocks * c.block_size < 2:
             raise ConfigError(
-                f"kv_cache: {_size(blocks * block_bytes)} hold {blocks * c.block_size} tokens, fewer than one "
-                f"sequence of {wanted}; give it {_size_that_holds(a_sequence * block_bytes)} or lower max_model_len"
+                f"kv_cache: {format_size(blocks * block_bytes)} hold {blocks * c.block_size} tokens, fewer than one "
+                f"sequence of {wanted}; give it {format_size_that_holds(a_sequence * block_bytes)} or lower max_model_len"
             )
         self.note(
             f"max_model_len: {blocks * c.block_size} (all that the KV cache holds; the model has {wanted})"
@@ -149,17 +141,3 @@ def _group_available(root: Path = Path("/sys/fs/cgroup")) -> int | None:
     if limit == "max":
         return None
     return max(0, int(limit) - used + int(stat.get("inactive_file", 0)))
-
-
-def _size(count: int) -> str:
-    return f"{count / _unit(count).bytes:.1f} {_unit(count).name}"
-
-
-def _size_that_holds(count: int) -> str:
-    """`_size` rounded up: taken as advice, it must suffice."""
-    unit = _unit(count)
-    return f"{math.ceil(10 * count / unit.bytes) / 10:.1f} {unit.name}"
-
-
-def _unit(count: int) -> _Unit:
-    return next((unit for unit in _UNITS if count >= unit.bytes), _UNITS[-1])
