@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,6 +72,28 @@ class TableLookup:
     def fetch(self) -> None:
         """Nothing: whoever sums the rows waits for them."""
 
+    def places(self) -> Iterator[Part]:
+        """Ends the lookup with where its rows lie, for whoever copies them: part by part, each once its rows have come.
+
+        A part's slots hold until the next is asked for, the last one's until `close`. RowReadError after the last part
+        where rows could not be read; those parts are left out. TableError on a table that is not on disk.
+        """
+        cache = self._table.cache
+        if cache is None or self._batch is None:
+            raise TableError(f"table {self._table.name!r} has no cache that rows could lie in")
+        self._begin_to_end()
+        parts = self._batch.parts()
+        while True:
+            with self._table.busy():
+                part = next(parts, None)
+                if part is None:
+                    break
+                ready = self._has_come(part)
+            if ready:
+                yield part
+        self._table.count(len(self._flat))
+        self._raise_for_bad_rows()
+
     def wait(self) -> None:
         """Ends the lookup without computing anything: its rows are cached then, as far as they fit."""
         self._end(whole=lambda view, ids, begin: None)
@@ -83,14 +105,17 @@ class TableLookup:
             with self._table.busy(wait=True):  # a batch left open would keep its slots for ever
                 self._batch.close()
 
+    def _begin_to_end(self) -> None:
+        if self._ended:
+            raise TableError(f"a lookup of table {self._table.name!r} was ended twice")
+        self._ended = True
+
     def _end(
         self,
         whole: Callable[[RowView, Ids, int], None],
         as_ready: Callable[[RowView, Part, FileRead], tuple[float, bool]] | None = None,
     ) -> None:
-        if self._ended:
-            raise TableError(f"a lookup of table {self._table.name!r} was ended twice")
-        self._ended = True
+        self._begin_to_end()
         with self._table.busy() as view:
             if self._batch is None:
                 if len(self._flat):
@@ -118,16 +143,22 @@ class TableLookup:
             cache.stall_seconds += stalled
             assert not failed or len(cache.memory.states.failed(part.slots)), "rows that nobody reads"
             return
+        if self._has_come(part):
+            whole(view, part.slots, part.begin)
+
+    def _has_come(self, part: Part) -> bool:
+        """Waits for the rows of a part; False where some cannot be read. The batch finds the same, and remembers."""
+        cache = self._table.cache
+        assert cache is not None
         if part.read is not None:
             started = time.perf_counter()
             try:
                 part.read.finish()
             except RowReadError:
-                return  # the batch finishes the read too, and remembers
+                return False
             finally:
                 cache.stall_seconds += time.perf_counter() - started
-        if not len(cache.memory.states.failed(part.slots)):
-            whole(view, part.slots, part.begin)
+        return not len(cache.memory.states.failed(part.slots))
 
     def _raise_for_bad_rows(self) -> None:
         assert self._batch is not None

@@ -257,6 +257,21 @@ class ValueTable:
                 rows = np.concatenate([rows, waited_for[~np.isin(waited_for, rows)]])[: self.cache.slots]
             return rows
 
+    @property
+    def on_disk(self) -> ValueTable | None:
+        """This table if it reads a file through its cache; else there is nothing to warm."""
+        return None if self.cache is None else self
+
+    def note_tokens(self, tokens: int) -> None:
+        """Nothing: lookups are counted as they end."""
+
+    def abandon(self) -> None:
+        """Nothing: a lookup that is closed leaves nothing half done."""
+
+    def tiers(self) -> list[TableStats]:
+        """The counters of each cache that a row passes."""
+        return [self.stats()]
+
     def stats(self) -> TableStats:
         """A snapshot of the counters; cheap, from any thread. Stays readable after close."""
         cache, layout, source = self.cache, self._layout, self._source

@@ -1,0 +1,237 @@
+"""Decoding on a GPU: tables in its memory, in pinned host memory, on disk, in one run and against both bounds.
+
+    python benchmarks/gpu_decode.py [--json FILE] [--small] [--batches 1 64] [--formats bfloat16 int4]
+
+The shape is Meta's 373M: 24 layers, dim 1,024, memory layers at 4, 12 and 20 over one table of 1 M rows x 1,024, weights
+random. A random model reads rows evenly, a trained one does not: row ids are drawn with the skew seen in practice (the top
+1 / 10 / 20 / 50 % of rows take 11 / 40 / 56 / 83 % of the reads) and put in place of those that the layers choose, after
+they have chosen. GPU caches hold 10 % of the table; "disk" is warm: its cache in RAM holds the table.
+
+Bounds beside each figure: bytes of dense weights and rows over the measured bandwidth of the device, and missing bytes
+over the measured bandwidth of the link.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from gpu_kernels import FULL, SMALL, Clock, ceilings, device_of, gpu_header
+from measuring import Result, finish
+from random_model import random_prompt, write_random_model
+from torch import Tensor
+
+from memlane.config import EngineConfig
+from memlane.engine import Engine
+from memlane.ipc import Add
+from memlane.models import MemoryConfig, ModelConfig
+from memlane.models.memory import MemoryLayer
+from memlane.request import SamplingParams
+
+# Parts of the rows, hottest first, and the part of the reads that each takes.
+SKEW = ((0.01, 0.11), (0.09, 0.29), (0.10, 0.16), (0.30, 0.27), (0.50, 0.17))
+PLACEMENTS = ("device", "host", "disk")
+
+
+class Size(NamedTuple):
+    """The model, and how long it is measured."""
+
+    config: ModelConfig
+    warm_steps: int
+    steps: int
+    draws: int
+
+
+def model(row_format: str, small: bool) -> ModelConfig:
+    """Meta's 373M shape, or a tiny one of the same kind."""
+    if small:
+        memory = MemoryConfig(
+            (1, 2), num_keys=32, num_heads=2, knn=4, key_dim=16, value_dim=32, row_format=row_format
+        )
+        return ModelConfig(
+            vocab_size=64, hidden_size=32, num_layers=4, num_heads=4, intermediate_size=64,
+            max_position_embeddings=256, dtype="bfloat16", memory=memory,
+        )  # fmt: skip
+    memory = MemoryConfig(
+        (4, 12, 20), num_keys=1024, num_heads=4, knn=32, key_dim=512, value_dim=1024, row_format=row_format
+    )
+    return ModelConfig(
+        vocab_size=32_000, hidden_size=1024, num_layers=24, num_heads=16, num_kv_heads=16, intermediate_size=2816,
+        max_position_embeddings=2048, dtype="bfloat16", memory=memory,
+    )  # fmt: skip
+
+
+class SkewedRows:
+    """Takes the place of a layer's `choose`: it chooses, then other ids are read, from a list that the device steps through."""
+
+    def __init__(
+        self, layer: MemoryLayer, most_tokens: int, draws: int, device: torch.device, seed: int
+    ) -> None:
+        self._choose = layer.choose
+        k = layer.config.rows_per_token
+        ids = skewed_ids(layer.config.rows, (draws, most_tokens, k), seed)
+        self._ids, self._next = ids.to(device), torch.zeros(1, dtype=torch.int64, device=device)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        ids, weights = self._choose(x)
+        drawn = self._ids.index_select(0, self._next)[0, : len(x)]
+        self._next.add_(1).remainder_(len(self._ids))
+        return drawn.to(ids.dtype), weights
+
+
+def skewed_ids(rows: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    """int64 ids of the stated skew; which rows are hot is the same for every seed."""
+    rng = np.random.default_rng(seed)
+    shares = np.array([part for part, _ in SKEW])
+    edges = np.concatenate([[0], np.cumsum(shares)])
+    group = rng.choice(len(SKEW), size=shape, p=[reads for _, reads in SKEW])
+    rank = (edges[group] + rng.random(shape) * shares[group]) * rows
+    order = np.random.default_rng(0).permutation(rows)
+    return torch.from_numpy(order[np.minimum(rank.astype(np.int64), rows - 1)])
+
+
+class Measured(NamedTuple):
+    """Steps of one engine. hit_rate, missing_rows: of the GPU's cache; None where there is none."""
+
+    seconds: float
+    slowest: float
+    hit_rate: float | None
+    missing_rows: float | None
+
+
+def decode(engine: Engine, batch: int, size: Size, device: torch.device) -> Measured:
+    """Steady decoding of `batch` sequences: the median step, after as many steps as make the cache warm."""
+    rng = np.random.default_rng(batch)
+    total = size.warm_steps + size.steps + 8
+    for i in range(batch):
+        params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=total)
+        engine.add(Add(request_id=str(i), prompt_token_ids=random_prompt(rng, 8, 60), params=params))
+    for _ in range(size.warm_steps):
+        engine.step()
+    before = _counts(engine, device)
+    seconds = []
+    for _ in range(size.steps):
+        started = time.perf_counter()
+        engine.step()
+        seconds.append(time.perf_counter() - started)
+    after = _counts(engine, device)
+    engine.abort([str(i) for i in range(batch)])
+    requested, hits, unique = (b - a for a, b in zip(before, after, strict=True))
+    cached = any(t.stats().placement != "device" for t in engine.model.tables.values())
+    return Measured(
+        statistics.median(seconds),
+        max(seconds),
+        hits / requested if cached and requested else None,
+        unique / size.steps if cached else None,
+    )
+
+
+def _counts(engine: Engine, device: torch.device) -> tuple[int, int, int]:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    stats = [table.stats() for table in engine.model.tables.values()]
+    return (
+        sum(s.requested_rows for s in stats),
+        sum(s.hits for s in stats),
+        sum(s.unique_misses for s in stats),
+    )
+
+
+def measure(
+    directory: Path, placement: str, batches: list[int], size: Size, device: torch.device, bounds: Result
+) -> list[Result]:
+    """One engine, several batch sizes."""
+    config = EngineConfig(
+        model=str(directory), device=device.type, placement=placement, gpu_row_cache="10%" , row_cache="100%",
+        max_num_seqs=max(batches), max_model_len=256, dtype="bfloat16", warm_wait=False,
+        warm_start="off", kv_cache="auto",
+    )  # fmt: skip
+    engine = Engine(config)
+    results = []
+    try:
+        layers = [m for m in engine.model.transformer.modules() if isinstance(m, MemoryLayer)]
+        for number, layer in enumerate(layers):
+            layer.choose = SkewedRows(layer, max(batches), size.draws, device, number)  # type: ignore[method-assign]
+        weights = sum(p.numel() * p.element_size() for p in engine.model.transformer.parameters())
+        memory = size.config.memory
+        assert memory is not None
+        for batch in batches:
+            done = decode(engine, batch, size, device)
+            rows = batch * memory.rows_per_token * memory.row_bytes * len(memory.layers)
+            missing = 0.0 if done.missing_rows is None else done.missing_rows * memory.row_bytes
+            results.append(
+                {
+                    "placement": placement,
+                    "row_format": memory.row_format,
+                    "batch": batch,
+                    "step_seconds": done.seconds,
+                    "slowest_step_seconds": done.slowest,
+                    "tokens_per_s": batch / done.seconds,
+                    "hit_rate": done.hit_rate,
+                    "missing_bytes_per_step": missing,
+                    "bandwidth_bound_seconds": (weights + rows) / bounds["device_bytes_per_s"],
+                    "link_bound_seconds": missing / bounds["host_to_device_bytes_per_s"],
+                    "choices": engine.choices,
+                }
+            )
+    finally:
+        engine.close()
+    return results
+
+
+def report(results: list[Result]) -> None:
+    """One line a figure, with what it is to be compared with; adds the ratios to the results."""
+    print(
+        f"{'rows':>9} {'batch':>5} {'placed':>7} {'step ms':>8} {'tok/s':>8} {'hits':>5} {'MB missing':>10} "
+        f"{'bound ms':>8} {'link ms':>7} {'of bound':>8} {'of device':>9} {'over limit':>10}"
+    )
+    for r in results:
+        same = [o for o in results if (o["row_format"], o["batch"]) == (r["row_format"], r["batch"])]
+        on_device = next(o["step_seconds"] for o in same if o["placement"] == "device")
+        r["of_bandwidth_bound"] = r["bandwidth_bound_seconds"] / r["step_seconds"]
+        r["of_device"] = on_device / r["step_seconds"]
+        r["over_limit"] = r["step_seconds"] / max(on_device, r["link_bound_seconds"])
+        hits = "" if r["hit_rate"] is None else f"{r['hit_rate']:.2f}"
+        print(
+            f"{r['row_format']:>9} {r['batch']:>5} {r['placement']:>7} {1e3 * r['step_seconds']:>8.3f} "
+            f"{r['tokens_per_s']:>8.0f} {hits:>5} {r['missing_bytes_per_step'] / 1e6:>10.2f} "
+            f"{1e3 * r['bandwidth_bound_seconds']:>8.3f} {1e3 * r['link_bound_seconds']:>7.3f} "
+            f"{r['of_bandwidth_bound']:>8.2f} {r['of_device']:>9.2f} {r['over_limit']:>10.2f}"
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument(
+        "--small", action="store_true", help="a tiny model, on any machine: to test the program"
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--formats", nargs="+", default=["bfloat16", "int4"])
+    options = parser.parse_args(arguments)
+    device = device_of(options.small)
+    result = gpu_header("gpu_decode", device)
+    sizes = SMALL if options.small else FULL
+    result["ceilings"] = ceilings(device, sizes, Clock(device, sizes.repetitions))
+    result["decode"] = []
+    for row_format in options.formats:
+        config = model(row_format, options.small)
+        size = Size(config, 4, 4, 8) if options.small else Size(config, 160, 64, 64)
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "model"
+            write_random_model(path, config)
+            for placement in PLACEMENTS:
+                found = measure(path, placement, options.batches, size, device, result["ceilings"])
+                result["decode"] += found
+    report(result["decode"])
+    finish(result, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,406 @@
+"""Where a GPU's rows are. A store begins lookups of flat ids; GpuTable computes with what they bring.
+
+    device  ids --------------------------------------------> slots are ids: the whole table lies in GPU memory
+    host    ids -> DeviceRowCache: hit -> slot
+                                   miss -> slot, which the GPU fills itself from pinned host memory, on a side stream
+    disk    ids -> DeviceRowCache: hit -> slot
+                                   miss -> slot; ids go to the host (1), whose ValueTable brings the rows into its
+                                           pinned cache (2), from where the GPU fills its slots (3)
+
+                      begin                    fetch (disk alone)                 end
+    main stream   | touch, claim |                                            | weighted_sum
+    side stream                  | (1) ids to the host |    | (3) copy rows | ^ waits for it
+    processor                                          | (2) read rows |
+
+Everything but (1) and (2) can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memlane.kernels import RowMemory
+from memlane.tables.device_cache import DeviceRowCache, LookupBuffers
+from memlane.tables.errors import RowReadError
+from memlane.tables.host_rows import HostRows, PinnedRange
+from memlane.tables.layout import TableLayout
+from memlane.tables.lookup import TableLookup
+from memlane.tables.side_stream import Mark, SideStream, host_buffer
+from memlane.tables.stats import TableStats
+from memlane.tables.table import Placement, ValueTable
+
+__all__ = ["DeviceStore", "DiskStore", "HostStore", "Store", "StoredRows"]
+
+
+class StoredRows(Protocol):
+    """Rows of flat ids, on their way. Slots below zero are rows ~slot of `far`."""
+
+    near: RowMemory
+    far: RowMemory | None
+    slots: Tensor
+
+    @property
+    def fetched(self) -> bool:
+        """Whether the processor's part is done, or there is none."""
+
+    def fetch(self) -> None:
+        """The processor's part. Again at each replay of a graph that `begin` was captured in. RowReadError."""
+
+    def wait(self) -> None:
+        """What is launched on the main stream from now on finds the rows in their slots."""
+
+    def close(self) -> None:
+        """What is launched on the main stream from now on does not need them. Idempotent."""
+
+
+class Store(Protocol):
+    """Rows of one table for a GPU. One thread, except for `tiers`."""
+
+    placement: Placement
+    on_disk: ValueTable | None
+    most_ids: int | None  # that one lookup takes; None: any number
+
+    def begin(self, ids: Tensor) -> StoredRows: ...
+
+    def note_tokens(self, tokens: int) -> None: ...
+
+    def abandon(self) -> None: ...
+
+    def tiers(self) -> list[TableStats]: ...
+
+    def check_integrity(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Resident:
+    """Rows that are always there."""
+
+    fetched = True
+    far = None
+
+    def __init__(self, near: RowMemory, slots: Tensor) -> None:
+        self.near, self.slots = near, slots
+
+    def fetch(self) -> None:
+        """Nothing is missing."""
+
+    def wait(self) -> None:
+        """Nothing is on its way."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class DeviceStore:
+    """The whole table in GPU memory."""
+
+    placement: Placement = "device"
+    on_disk = None
+    most_ids = None
+
+    def __init__(self, layout: TableLayout, memory: RowMemory, reads_per_token: int) -> None:
+        """memory: all rows, on the device. reads_per_token: ids that a token asks for, all layers together."""
+        self._layout, self._memory = layout, memory
+        self._reads_per_token = reads_per_token
+        self._steps = self._tokens = 0
+
+    def begin(self, ids: Tensor) -> StoredRows:
+        return _Resident(self._memory, ids)
+
+    def note_tokens(self, tokens: int) -> None:
+        self._steps += 1
+        self._tokens += tokens
+
+    def abandon(self) -> None:
+        """Nothing can be half there."""
+
+    def tiers(self) -> list[TableStats]:
+        requested = self._tokens * self._reads_per_token
+        nbytes = self._memory.data.nbytes
+        return [
+            TableStats(
+                name=self._layout.name,
+                placement="device",
+                tier="device",
+                backend="gpu",
+                policy="",
+                calls=self._steps,
+                requested_rows=requested,
+                hits=requested,
+                cache_slots=self._layout.rows,
+                used_slots=self._layout.rows,
+                row_bytes=self._layout.stride,
+                capacity_bytes=nbytes,
+                resident_bytes=nbytes,
+            )
+        ]
+
+    def check_integrity(self) -> None:
+        """There is nothing that could contradict itself."""
+
+    def close(self) -> None:
+        self._memory = self._memory._replace(data=self._memory.data.new_empty(0, self._memory.data.shape[1]))
+
+
+class _Cached:
+    """What host and disk have in common: a row cache on the GPU, whose misses are filled on a side stream."""
+
+    def __init__(self, layout: TableLayout, cache: DeviceRowCache, device: torch.device) -> None:
+        self.layout, self.cache = layout, cache
+        self.device = device
+        self.side = SideStream(device)
+        self.open = 0  # lookups begun and not closed
+
+    def look_up(self, ids: Tensor) -> LookupBuffers:
+        """Slots for ids, in the order in which lookups end: rows of those still open stay where they are."""
+        buffers = self.cache.buffers(len(ids))
+        self.open += 1
+        self.cache.lookup(ids, buffers, self.open)
+        return buffers
+
+    def note_tokens(self, tokens: int) -> None:
+        """The cache counts for itself, on the GPU."""
+
+    def abandon(self) -> None:
+        self.cache.clear()
+
+    def first_tier(self, placement: Placement, tier: str, backend: str, beside: int) -> TableStats:
+        """beside: bytes the store holds in addition to the cache."""
+        c, cache = self.cache.counts(), self.cache
+        misses = c.requested - c.hits
+        return TableStats(
+            name=self.layout.name,
+            placement=placement,
+            tier=tier,
+            backend=backend,
+            policy="lru-set",
+            calls=c.calls,
+            requested_rows=c.requested,
+            unique_rows=c.unique,
+            hits=c.hits,
+            misses=misses,
+            unique_misses=c.unique_misses,
+            evictions=c.evictions,
+            scratch_rows=c.conflict_unique_misses,
+            bytes_read=c.unique_misses * self.layout.stride,
+            cache_slots=cache.slots,
+            used_slots=min(cache.slots, c.unique_misses - c.conflict_unique_misses - c.evictions),
+            row_bytes=self.layout.stride,
+            capacity_bytes=cache.slots * cache.memory.data.shape[1],
+            resident_bytes=cache.nbytes + beside,
+        )
+
+    def check_integrity(self) -> None:
+        self.cache.check_integrity()
+
+
+class _HostRows:
+    """Rows that the GPU fetches from pinned memory by itself."""
+
+    fetched = True
+
+    def __init__(self, store: HostStore, ids: Tensor) -> None:
+        self._store = store
+        self.near, self.far = store.cache.memory, store.memory
+        self._buffers = store.look_up(ids)
+        self.slots = self._buffers.slots
+        self._closed = self._joined = False
+        with store.side.branch():
+            store.cache.fill(self._buffers, store.memory)
+        self._filled = store.side.mark()
+
+    def fetch(self) -> None:
+        """The processor has no part in it."""
+
+    def wait(self) -> None:
+        self._store.side.join(self._filled)
+        self._joined = True
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._store.open -= 1
+        if not self._joined:
+            self.wait()  # the side stream still writes into memory that is given back
+
+
+class HostStore(_Cached):
+    """The whole table in pinned host memory, behind a row cache on the GPU."""
+
+    placement: Placement = "host"
+    on_disk = None
+    most_ids = None
+
+    def __init__(
+        self, layout: TableLayout, cache: DeviceRowCache, host: HostRows, device: torch.device
+    ) -> None:
+        """Owns `host`, whose memory is pinned where the device is a GPU."""
+        super().__init__(layout, cache, device)
+        self._host = host
+        self.memory = host.memory
+
+    def begin(self, ids: Tensor) -> StoredRows:
+        return _HostRows(self, ids)
+
+    def tiers(self) -> list[TableStats]:
+        return [self.first_tier("host", "host", "gpu+pinned", self._host.nbytes)]
+
+    def close(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.memory = self.memory._replace(data=self.memory.data[:0])
+        self.cache.close()
+        self._host.close()
+
+
+class _DiskRows:
+    """Rows that the processor reads from a file into its own cache, and the GPU copies from there."""
+
+    far = None
+
+    def __init__(self, store: DiskStore, ids: Tensor) -> None:
+        self._store, self._ids = store, ids
+        self.near = store.cache.memory
+        self._buffers = store.look_up(ids)
+        self.slots = self._buffers.slots
+        self._fetched = self._closed = False
+        n = len(ids)
+        # Both ways in one copy each: the number of missing rows, then the rows; what lies behind them is not looked at.
+        self._missing = host_buffer((1 + n,), torch.int64, store.device)
+        self._places = host_buffer((1 + n,), torch.int64, store.device)
+        self._places_there = torch.empty(1 + n, dtype=torch.int64, device=store.device)
+
+    @property
+    def fetched(self) -> bool:
+        """Within a capture nothing is computed yet; whoever replays the graph fetches."""
+        return self._fetched or (
+            self._store.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        )
+
+    def fetch(self) -> None:
+        store = self._store
+        with store.side.branch():
+            self._missing.copy_(self._buffers.misses, non_blocking=True)
+        store.wait_for(store.side.mark())
+        count = int(self._missing[0])
+        if count:
+            store.bring(self._missing[1 : 1 + count], self._copy)
+        self._fetched = True
+
+    def _copy(self, begin: int, places: np.ndarray[tuple[int], np.dtype[np.int32]]) -> Mark:
+        """Have the GPU copy missing rows from `begin` on, which lie in these slots of the cache in RAM."""
+        store, m = self._store, len(places)
+        self._places[0] = m
+        self._places[1 : 1 + m] = torch.from_numpy(places)
+        with store.side.branch():
+            self._places_there[: 1 + m].copy_(self._places[: 1 + m], non_blocking=True)
+            store.cache.copy(
+                store.memory,
+                self._places_there[1 : 1 + m],
+                self._buffers.miss_slots[begin : begin + m],
+                self._places_there[:1],
+            )
+        mark = store.side.mark()
+        store.side.join(mark)
+        return mark
+
+    def wait(self) -> None:
+        """`fetch` has had the main stream wait."""
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._store.open -= 1
+        if not self.fetched:
+            self._store.abandon()  # slots were taken for rows that will not come
+
+
+class DiskStore(_Cached):
+    """The table in a file, behind a cache of rows in pinned RAM, behind a row cache on the GPU."""
+
+    placement: Placement = "disk"
+
+    def __init__(
+        self, layout: TableLayout, cache: DeviceRowCache, table: ValueTable, device: torch.device
+    ) -> None:
+        """Owns `table`, a table on disk with a cache."""
+        super().__init__(layout, cache, device)
+        assert table.cache is not None, "a table on disk has a cache"
+        self.on_disk = table
+        self.most_ids = cache.scratch
+        arena = torch.from_numpy(table.cache.memory.arena.array())
+        rows = len(arena) // layout.stride
+        self._pinned = PinnedRange(arena.data_ptr(), arena.nbytes, device)
+        self.memory = RowMemory(
+            arena[: rows * layout.stride].view(rows, layout.stride), layout.dtype.value, layout.width
+        )
+        self._held: deque[tuple[TableLookup, Mark]] = deque()  # rows in RAM that the GPU may still be copying
+
+    def begin(self, ids: Tensor) -> StoredRows:
+        return _DiskRows(self, ids)
+
+    def bring(self, rows: Tensor, copy: _Copy) -> None:
+        """Read rows int64 [m], on the host and different from each other, and call `copy` for each part of them.
+
+        Their slots in RAM are held until the next call, when the GPU has long copied them.
+        """
+        assert self.on_disk is not None
+        self._let_go()
+        lookup = self.on_disk.begin(rows[:, None])
+        mark: Mark = None
+        try:
+            for part in lookup.places():
+                mark = copy(part.begin, part.slots)
+                if part.begin + len(part.slots) < len(rows):
+                    self.wait_for(mark)  # the next part takes the place of this one
+        except RowReadError:
+            self.abandon()
+            raise
+        finally:
+            self._held.append((lookup, mark))
+
+    def wait_for(self, mark: Mark) -> None:
+        """Stops the processor."""
+        if mark is not None:
+            mark.synchronize()
+
+    def abandon(self) -> None:
+        super().abandon()
+        self._let_go()
+
+    def tiers(self) -> list[TableStats]:
+        assert self.on_disk is not None
+        return [self.first_tier("disk", "host", "gpu+pinned", 0), self.on_disk.stats()]
+
+    def check_integrity(self) -> None:
+        super().check_integrity()
+        self._let_go()
+        assert self.on_disk is not None
+        self.on_disk.check_integrity()
+
+    def close(self) -> None:
+        assert self.on_disk is not None
+        self._let_go()
+        self.memory = self.memory._replace(data=self.memory.data[:0])
+        self._pinned.close()
+        self.cache.close()
+        self.on_disk.close()
+
+    def _let_go(self) -> None:
+        while self._held:
+            lookup, mark = self._held.popleft()
+            self.wait_for(mark)
+            lookup.close()
+
+
+class _Copy(Protocol):
+    def __call__(self, begin: int, places: np.ndarray[tuple[int], np.dtype[np.int32]]) -> Mark: ...

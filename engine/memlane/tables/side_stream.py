@@ -1,0 +1,45 @@
+"""Work of a GPU beside its main stream. On the CPU everything happens at once, in the order it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+__all__ = ["Mark", "SideStream", "host_buffer"]
+
+Mark = torch.cuda.Event | None  # a point on a stream; None on the CPU, where all points have been passed
+
+
+class SideStream:
+    """One stream of a device. "Main" is whatever stream is current when a method is called."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def branch(self) -> Iterator[None]:
+        """What is launched within runs beside the main stream, after what was launched on that before."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def mark(self) -> Mark:
+        """The point after all that was launched on it so far."""
+        return None if self._stream is None else self._stream.record_event()
+
+    def join(self, mark: Mark) -> None:
+        """What is launched on the main stream from now on waits for the mark."""
+        if mark is not None:
+            assert self._stream is not None
+            torch.cuda.current_stream(self._stream.device).wait_event(mark)
+
+
+def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory of the host, uninitialised; pinned where `device` is a GPU."""
+    return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
