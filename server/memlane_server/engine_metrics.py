@@ -32,6 +32,10 @@ TABLE_COUNTERS: Final[dict[str, tuple[str, str]]] = {
     "hits": ("table_cache_hits", "Requested rows that were cached when their batch began."),
     "misses": ("table_cache_misses", "Requested rows that were not."),
     "unique_misses": ("table_rows_read", "Rows read from where the table lies."),
+    "conflict_misses": (
+        "table_cache_conflict_misses",
+        "Missing rows for which a GPU's cache had no way free in their set.",
+    ),
     "evictions": ("table_cache_evictions", "Cached rows that made way for others."),
     "warmed_rows": ("table_warmed_rows", "Rows read to warm the cache; no request asked for them."),
     "scratch_rows": ("table_scratch_rows", "Rows read past a cache that their batch had filled."),

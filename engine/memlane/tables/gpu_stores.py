@@ -17,7 +17,7 @@ Everything but (1) and (2) can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-import time
+import threading
 from collections import deque
 from typing import Protocol
 
@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 from memlane.kernels import RowMemory
-from memlane.tables.device_cache import DeviceRowCache, LookupBuffers
+from memlane.tables.device_cache import CacheCounters, DeviceRowCache, LookupBuffers
 from memlane.tables.errors import RowReadError
-from memlane.tables.host_rows import HostRows, PinnedRange
+from memlane.tables.host_rows import HostRows
 from memlane.tables.layout import TableLayout
 from memlane.tables.lookup import TableLookup
+from memlane.tables.pinning import PinnedRange
 from memlane.tables.side_stream import Mark, SideStream, host_buffer
 from memlane.tables.stats import TableStats
 from memlane.tables.table import Placement, ValueTable
@@ -157,41 +158,56 @@ class _Cached:
         self.device = device
         self.side = SideStream(device)
         self.open = 0  # lookups begun and not closed
+        self._peeking = threading.Lock()
+        self._peek = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._peeked = host_buffer((len(cache.counters),), torch.int64, device)
+        self._forgotten = 0
+        self.live: Tensor | None = None  # int64 [1] on the device: ids of a lookup that are not padding
 
-    def look_up(self, ids: Tensor) -> LookupBuffers:
-        """Slots for ids, in the order in which lookups end: rows of those still open stay where they are."""
-        buffers = self.cache.buffers(len(ids))
+    def look_up(self, ids: Tensor, buffers: LookupBuffers) -> None:
+        """Slots for ids, and what is missing. Rows of lookups that are still open stay where they are."""
         self.open += 1
-        self.cache.lookup(ids, buffers, self.open)
-        return buffers
+        self.cache.lookup(ids, buffers, self.open, self.live)
+
+    def counts(self) -> CacheCounters:
+        """What the cache has counted; waits for none of what the main stream has to do. Any thread."""
+        with self._peeking:
+            if self._peek is None:
+                return CacheCounters.of(self.cache.counters)
+            with torch.cuda.stream(self._peek):
+                self._peeked.copy_(self.cache.counters, non_blocking=True)
+            self._peek.synchronize()
+            return CacheCounters.of(self._peeked)
 
     def note_tokens(self, tokens: int) -> None:
         """The cache counts for itself, on the GPU."""
 
     def abandon(self) -> None:
+        """All that is cached on the GPU is forgotten: rows of a lookup that broke off may have been found by another."""
         self.cache.clear()
+        self._forgotten = _placed(self.counts())
 
     def first_tier(self, placement: Placement, tier: str, backend: str, beside: int) -> TableStats:
         """beside: bytes the store holds in addition to the cache."""
-        c, cache = self.cache.counts(), self.cache
-        misses = c.requested - c.hits
+        c, cache = self.counts(), self.cache
         return TableStats(
             name=self.layout.name,
             placement=placement,
             tier=tier,
             backend=backend,
             policy="lru-set",
-            calls=c.calls,
-            requested_rows=c.requested,
-            unique_rows=c.unique,
-            hits=c.hits,
-            misses=misses,
-            unique_misses=c.unique_misses,
-            evictions=c.evictions,
-            scratch_rows=c.conflict_unique_misses,
-            bytes_read=c.unique_misses * self.layout.stride,
+            calls=c.num_calls,
+            requested_rows=c.num_requested_indices,
+            unique_rows=c.num_unique_indices,
+            hits=c.num_hits,
+            misses=c.num_requested_indices - c.num_hits,
+            unique_misses=c.num_unique_misses,
+            conflict_misses=c.num_conflict_misses,
+            evictions=c.num_evictions,
+            scratch_rows=c.num_conflict_unique_misses + c.num_in_place_misses,
+            bytes_read=(c.num_unique_misses + c.num_in_place_misses) * self.layout.stride,
             cache_slots=cache.slots,
-            used_slots=min(cache.slots, c.unique_misses - c.conflict_unique_misses - c.evictions),
+            used_slots=_placed(c) - self._forgotten,
             row_bytes=self.layout.stride,
             capacity_bytes=cache.slots * cache.memory.data.shape[1],
             resident_bytes=cache.nbytes + beside,
@@ -199,6 +215,11 @@ class _Cached:
 
     def check_integrity(self) -> None:
         self.cache.check_integrity()
+
+
+def _placed(c: CacheCounters) -> int:
+    """Slots that rows have been given and have not been evicted from."""
+    return c.num_unique_misses - c.num_conflict_unique_misses - c.num_evictions
 
 
 class _HostRows:
@@ -209,11 +230,12 @@ class _HostRows:
     def __init__(self, store: HostStore, ids: Tensor) -> None:
         self._store = store
         self.near, self.far = store.cache.memory, store.memory
-        self._buffers = store.look_up(ids)
+        self._buffers = store.cache.buffers(len(ids))
+        store.look_up(ids, self._buffers)
         self.slots = self._buffers.slots
         self._closed = self._joined = False
         with store.side.branch():
-            store.cache.fill(self._buffers, store.memory)
+            store.cache.fill(store.memory, self._buffers)
         self._filled = store.side.mark()
 
     def fetch(self) -> None:
@@ -257,7 +279,6 @@ class HostStore(_Cached):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.memory = self.memory._replace(data=self.memory.data[:0])
-        self.cache.close()
         self._host.close()
 
 
@@ -267,13 +288,17 @@ class _DiskRows:
     far = None
 
     def __init__(self, store: DiskStore, ids: Tensor) -> None:
-        self._store, self._ids = store, ids
+        self._store = store
         self.near = store.cache.memory
-        self._buffers = store.look_up(ids)
-        self.slots = self._buffers.slots
         self._fetched = self._closed = False
         n = len(ids)
-        # Both ways in one copy each: the number of missing rows, then the rows; what lies behind them is not looked at.
+        # One copy each way: the number of missing rows, then the rows; what lies behind them is not looked at.
+        self._packet = torch.zeros(1 + n, dtype=torch.int64, device=store.device)
+        self._buffers = store.cache.buffers(n)._replace(
+            miss_count=self._packet[:1], miss_rows=self._packet[1:]
+        )
+        store.look_up(ids, self._buffers)
+        self.slots = self._buffers.slots
         self._missing = host_buffer((1 + n,), torch.int64, store.device)
         self._places = host_buffer((1 + n,), torch.int64, store.device)
         self._places_there = torch.empty(1 + n, dtype=torch.int64, device=store.device)
@@ -288,7 +313,7 @@ class _DiskRows:
     def fetch(self) -> None:
         store = self._store
         with store.side.branch():
-            self._missing.copy_(self._buffers.misses, non_blocking=True)
+            self._missing.copy_(self._packet, non_blocking=True)
         store.wait_for(store.side.mark())
         count = int(self._missing[0])
         if count:
@@ -339,7 +364,9 @@ class DiskStore(_Cached):
         self.most_ids = cache.scratch
         arena = torch.from_numpy(table.cache.memory.arena.array())
         rows = len(arena) // layout.stride
-        self._pinned = PinnedRange(arena.data_ptr(), arena.nbytes, device)
+        self._pinned = (
+            PinnedRange.of_arena(table.cache.memory.arena, device=device) if device.type == "cuda" else None
+        )
         self.memory = RowMemory(
             arena[: rows * layout.stride].view(rows, layout.stride), layout.dtype.value, layout.width
         )
@@ -391,8 +418,8 @@ class DiskStore(_Cached):
         assert self.on_disk is not None
         self._let_go()
         self.memory = self.memory._replace(data=self.memory.data[:0])
-        self._pinned.close()
-        self.cache.close()
+        if self._pinned is not None:
+            self._pinned.close()
         self.on_disk.close()
 
     def _let_go(self) -> None:

@@ -23,6 +23,7 @@ class TableStats:
     hits: int = 0
     misses: int = 0
     unique_misses: int = 0  # rows read for a batch
+    conflict_misses: int = 0  # of the misses, those whose set of a GPU's cache was full of rows in use
     evictions: int = 0
     scratch_rows: int = (
         0  # rows that went through the scratch region, because their batch had locked every slot

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 Placement = Literal["device", "host", "disk"]
 
-_MOST_ROWS = (1 << 31) - 1  # slots are 32-bit numbers
+MOST_ROWS = (1 << 31) - 1  # slots are 32-bit numbers
 _LOAD_BYTES = 64 << 20  # read at once while a table is loaded into RAM
 
 
@@ -88,8 +88,8 @@ class ValueTable:
         """
         if placement not in ("host", "disk"):
             raise ValueError(f"placement must be 'host' or 'disk', not {placement!r}")
-        if layout.rows > _MOST_ROWS:
-            raise TableError(f"table {layout.name!r}: {layout.rows} rows; at most {_MOST_ROWS} are supported")
+        if layout.rows > MOST_ROWS:
+            raise TableError(f"table {layout.name!r}: {layout.rows} rows; at most {MOST_ROWS} are supported")
         source = FileSource(
             layout, io=io, allow_uring=allow_uring, merge_gap=merge_gap, deadline=deadline, verify=verify
         )
