@@ -42,6 +42,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             description="where value tables live: memory of the GPU (device), RAM (host), the file on disk (disk)"
         ),
     ] = "auto"
+    shared_tables: Annotated[
+        bool,
+        Help(
+            description="keep tables placed on the host in shared memory, one copy for all replicas on this machine"
+        ),
+    ] = False
     row_cache: Annotated[
         str,
         Help(description="RAM for cached rows of tables on disk: bytes (64MiB) or part of the tables (25%)"),

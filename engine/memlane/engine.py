@@ -312,6 +312,7 @@ def _load(config: EngineConfig, choices: Choices) -> LoadedModel:
         policy=config.cache_policy,
         io=config.table_io,
         deadline=config.read_timeout,
+        shared=config.shared_tables,
     )
     return load_model(
         directory,

@@ -49,6 +49,7 @@ class TableOptions:
     policy: str = "lru"
     io: FileIO = "auto"
     deadline: float = DEADLINE
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,7 @@ def _open_table(directory: Path, config: ModelConfig, name: str, options: TableO
             io=options.io,
             merge_gap=MERGE_GAP if speed is None else speed.merge_gap,
             deadline=options.deadline,
+            shared=options.shared,
         )
     except TableError as error:
         raise CheckpointError(path, str(error)) from error

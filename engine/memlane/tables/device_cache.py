@@ -140,6 +140,14 @@ class DeviceRowCache:
         rows = buffers.miss_rows if source_rows is None else source_rows
         self._kernels.copy_rows(source, rows, self.memory, buffers.miss_slots, buffers.miss_count)
 
+    def copy(self, source: RowMemory, source_rows: Tensor, slots: Tensor, count: Tensor) -> None:
+        """Part of a fill: rows source_rows int64 [most] of source into slots int32 [most], the first `count` int64 [1]."""
+        self._kernels.copy_rows(source, source_rows, self.memory, slots, count)
+
+    def clear(self) -> None:
+        """Forgets every row. Counters go on."""
+        self.state.words.zero_()
+
     def abandon(self, buffers: LookupBuffers) -> None:
         """Forgets the rows that a lookup missed, because they cannot be brought: later lookups will miss them again.
 

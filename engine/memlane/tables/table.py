@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -23,6 +22,7 @@ from torch import Tensor
 from memlane.native import RowView, SlotStates
 from memlane.tables.cache import Ids, RowCache
 from memlane.tables.errors import TableError
+from memlane.tables.host_rows import HostRows
 from memlane.tables.layout import TableLayout
 from memlane.tables.lookup import TableLookup
 from memlane.tables.source import DEADLINE, MERGE_GAP, FileIO, FileSource, SlotMemory
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 Placement = Literal["device", "host", "disk"]
 
 MOST_ROWS = (1 << 31) - 1  # slots are 32-bit numbers
-_LOAD_BYTES = 64 << 20  # read at once while a table is loaded into RAM
 
 
 class ValueTable:
@@ -50,7 +49,13 @@ class ValueTable:
     """
 
     def __init__(
-        self, layout: TableLayout, source: FileSource, cache: RowCache | None, memory: SlotMemory, count: int
+        self,
+        layout: TableLayout,
+        source: FileSource,
+        cache: RowCache | None,
+        memory: SlotMemory,
+        count: int,
+        host_rows: HostRows | None = None,
     ) -> None:
         """Use ValueTable.open."""
         self.recorder: Callable[[Ids], None] | None = None
@@ -58,6 +63,7 @@ class ValueTable:
         self._source = source
         self.cache = cache
         self._memory = memory
+        self._host_rows = host_rows
         self._view: RowView | None = RowView(memory.arena, 0, count, layout.dtype.code, layout.width)
         self._busy = threading.Lock()
         self._calls = 0
@@ -79,10 +85,12 @@ class ValueTable:
         merge_gap: int = MERGE_GAP,
         deadline: float = DEADLINE,
         verify: bool = True,
+        shared: bool = False,
     ) -> ValueTable:
         """Opens a table; "host" reads all of it into RAM now, "disk" keeps cache_bytes of its rows at most.
 
-        policy: which rows the cache gives up, one of `memlane.native.cache_policies()`. The rest as FileSource has it.
+        policy: which rows the cache gives up, one of `memlane.native.cache_policies()`. shared: "host" keeps the rows in
+        memory that processes of this machine share, see HostRows. The rest as FileSource has it.
         Raises OSError (no such file), TableFormatError (the file is too short), TableError, and for "host"
         RowReadError (part of it cannot be read) and MemoryError.
         """
@@ -94,9 +102,10 @@ class ValueTable:
             layout, io=io, allow_uring=allow_uring, merge_gap=merge_gap, deadline=deadline, verify=verify
         )
         if placement == "host":
-            memory = _load(layout, source)
+            rows = HostRows(layout, source, shared=shared)
             source.close()
-            return cls(layout, source, None, memory, layout.rows)
+            memory = SlotMemory(rows.arena, SlotStates(0))  # all of them are there
+            return cls(layout, source, None, memory, layout.rows, rows)
         cache = RowCache(layout.rows, layout.stride, cache_bytes, source, policy)
         share = cache.slots / layout.rows if layout.rows else 1.0
         logger.info(
@@ -336,25 +345,8 @@ class ValueTable:
         self._memory = SlotMemory.of(0, 1)
         if self.cache is not None:
             self.cache.memory = self._memory
-
-
-def _load(layout: TableLayout, source: FileSource) -> SlotMemory:
-    """The whole table, read piece by piece, the next piece while the last is being finished."""
-    started = time.perf_counter()
-    memory = SlotMemory.of(layout.rows, layout.stride)
-    step = max(1, _LOAD_BYTES // layout.stride)
-    before = None
-    for begin in range(0, layout.rows, step):
-        rows = np.arange(begin, min(begin + step, layout.rows), dtype=np.int64)
-        read = source.start(rows, rows.astype(np.int32), memory)
-        if before is not None:
-            before.finish()
-        before = read
-    if before is not None:
-        before.finish()
-    seconds = time.perf_counter() - started
-    logger.info("table %s: %.1f MiB loaded into RAM in %.2f s", layout.name, layout.nbytes / 2**20, seconds)
-    return memory._replace(states=SlotStates(0))  # all of them are there
+        if self._host_rows is not None:
+            self._host_rows.close()
 
 
 def _ids(ids: Tensor, dim: int) -> Ids:

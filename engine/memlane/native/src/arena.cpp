@@ -25,4 +25,13 @@ Arena::Arena(std::size_t bytes) : size_(bytes) {
   data_ = reinterpret_cast<std::uint8_t*>(address);
 }
 
+Arena::Arena(int file, std::size_t bytes) : size_(bytes) {
+  const std::size_t mapped = bytes == 0 ? 1 : bytes;
+  void* mapping = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  if (mapping == MAP_FAILED) throw std::bad_alloc();
+  mapping_ = std::shared_ptr<void>(mapping, [mapped](void* memory) { munmap(memory, mapped); });
+  madvise(mapping, mapped, MADV_HUGEPAGE);
+  data_ = static_cast<std::uint8_t*>(mapping);
+}
+
 }  // namespace memlane

@@ -1,4 +1,4 @@
-// Anonymous memory for rows: page-aligned, zero-filled, backed by huge pages where the kernel has them.
+// Memory for rows: page-aligned, zero-filled at first, backed by huge pages where the kernel has them.
 #pragma once
 
 #include <cstddef>
@@ -12,6 +12,8 @@ namespace memlane {
 class Arena {
  public:
   explicit Arena(std::size_t bytes);
+  // The first bytes of a file in memory (tmpfs), shared with every process that maps them. The file may be closed.
+  Arena(int file, std::size_t bytes);
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 

@@ -228,6 +228,7 @@ void search_into(nb::ndarray<const float, nb::ndim<4>, nb::c_contig, nb::device:
 void bind_kernels(nb::module_& module) {
   nb::class_<Arena>(module, "Arena")
       .def(nb::init<std::size_t>(), "nbytes"_a)
+      .def_static("of_file", [](int file, std::size_t nbytes) { return new Arena(file, nbytes); }, "file"_a, "nbytes"_a)
       .def_prop_ro("nbytes", &Arena::size)
       .def(
           "array",
