@@ -3,6 +3,6 @@
 Triton is imported by the modules that hold kernels, so import those only where a GPU is to be used.
 """
 
-from memlane.kernels.row_memory import RowMemory
+from memlane.kernels.row_memory import RowMemory, device_stride
 
-__all__ = ["RowMemory"]
+__all__ = ["RowMemory", "device_stride"]

@@ -32,7 +32,7 @@ from memlane.tables.host_rows import HostRows
 from memlane.tables.layout import TableLayout
 from memlane.tables.lookup import TableLookup
 from memlane.tables.pinning import PinnedRange
-from memlane.tables.side_stream import Mark, SideStream, host_buffer
+from memlane.tables.side_stream import Mark, SideStream, host_buffer, new_stream
 from memlane.tables.stats import TableStats
 from memlane.tables.table import Placement, ValueTable
 
@@ -84,7 +84,7 @@ class _Resident:
     """Rows that are always there."""
 
     fetched = True
-    far = None
+    far: RowMemory | None = None
 
     def __init__(self, near: RowMemory, slots: Tensor) -> None:
         self.near, self.slots = near, slots
@@ -103,8 +103,8 @@ class DeviceStore:
     """The whole table in GPU memory."""
 
     placement: Placement = "device"
-    on_disk = None
-    most_ids = None
+    on_disk: ValueTable | None = None
+    most_ids: int | None = None
 
     def __init__(self, layout: TableLayout, memory: RowMemory, reads_per_token: int) -> None:
         """memory: all rows, on the device. reads_per_token: ids that a token asks for, all layers together."""
@@ -159,7 +159,7 @@ class _Cached:
         self.side = SideStream(device)
         self.open = 0  # lookups begun and not closed
         self._peeking = threading.Lock()
-        self._peek = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._peek = new_stream(device)
         self._peeked = host_buffer((len(cache.counters),), torch.int64, device)
         self._forgotten = 0
         self.live: Tensor | None = None  # int64 [1] on the device: ids of a lookup that are not padding
@@ -229,7 +229,8 @@ class _HostRows:
 
     def __init__(self, store: HostStore, ids: Tensor) -> None:
         self._store = store
-        self.near, self.far = store.cache.memory, store.memory
+        self.near = store.cache.memory
+        self.far: RowMemory | None = store.memory
         self._buffers = store.cache.buffers(len(ids))
         store.look_up(ids, self._buffers)
         self.slots = self._buffers.slots
@@ -258,8 +259,8 @@ class HostStore(_Cached):
     """The whole table in pinned host memory, behind a row cache on the GPU."""
 
     placement: Placement = "host"
-    on_disk = None
-    most_ids = None
+    on_disk: ValueTable | None = None
+    most_ids: int | None = None
 
     def __init__(
         self, layout: TableLayout, cache: DeviceRowCache, host: HostRows, device: torch.device
@@ -285,7 +286,7 @@ class HostStore(_Cached):
 class _DiskRows:
     """Rows that the processor reads from a file into its own cache, and the GPU copies from there."""
 
-    far = None
+    far: RowMemory | None = None
 
     def __init__(self, store: DiskStore, ids: Tensor) -> None:
         self._store = store
@@ -360,8 +361,8 @@ class DiskStore(_Cached):
         """Owns `table`, a table on disk with a cache."""
         super().__init__(layout, cache, device)
         assert table.cache is not None, "a table on disk has a cache"
-        self.on_disk = table
-        self.most_ids = cache.scratch
+        self.on_disk: ValueTable | None = table
+        self.most_ids: int | None = cache.scratch
         arena = torch.from_numpy(table.cache.memory.arena.array())
         rows = len(arena) // layout.stride
         self._pinned = (

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["Mark", "SideStream", "host_buffer"]
+__all__ = ["Mark", "SideStream", "host_buffer", "new_stream"]
 
 Mark = torch.cuda.Event | None  # a point on a stream; None on the CPU, where all points have been passed
 
@@ -17,7 +17,7 @@ class SideStream:
     """One stream of a device. "Main" is whatever stream is current when a method is called."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = new_stream(device)
 
     @contextmanager
     def branch(self) -> Iterator[None]:
@@ -38,6 +38,11 @@ class SideStream:
         if mark is not None:
             assert self._stream is not None
             torch.cuda.current_stream(self._stream.device).wait_event(mark)
+
+
+def new_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Another stream of a GPU; None for the CPU."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
