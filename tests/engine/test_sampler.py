@@ -13,8 +13,9 @@ import torch
 from tiny import answer, engine, prompt, request, run, tokens
 
 from memlane.request import SamplingParams
-from memlane.runner import Sampled, sample
+from memlane.runner import Sampled
 from memlane.runner.random_numbers import derive_seed, uniform
+from memlane.runner.sampler import Pending, launch
 from memlane.scheduler import Sequence
 
 VOCAB = 40
@@ -26,6 +27,10 @@ def sequence(ids: list[int], said: list[int], params: SamplingParams, seed: int 
     s = Sequence("s", ids, params, max_length=1000, eos_ids=frozenset([EOS]), seed=seed)
     s.token_ids += said
     return s
+
+
+def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
+    return launch(logits, sequences).result()
 
 
 # --- the twin ---
@@ -156,7 +161,7 @@ def test_rows_that_are_not_finite_give_no_token_and_harm_no_other() -> None:
 
 
 def test_nothing_to_sample() -> None:
-    assert sample(torch.empty(0, 0), []) == []
+    assert Pending.nothing().result() == []
 
 
 def test_draws_follow_the_distribution() -> None:

@@ -3,6 +3,6 @@
 from memlane.runner.kv import KVCache
 from memlane.runner.overlap import DecodeSplit
 from memlane.runner.runner import Runner
-from memlane.runner.sampler import Sampled, sample
+from memlane.runner.sampler import Pending, Sampled
 
-__all__ = ["DecodeSplit", "KVCache", "Runner", "Sampled", "sample"]
+__all__ = ["DecodeSplit", "KVCache", "Pending", "Runner", "Sampled"]

@@ -40,7 +40,9 @@ class Scheduler:
     """Decides; never computes. One thread owns it.
 
     Protocol of a step: `schedule`, then for each chunk either `commit` (its KV is written) or `finish` of its
-    sequence. A sequence leaves only through `finish`.
+    sequence. A sequence leaves only through `finish`. Written means that whatever is computed later finds it so: the
+    device may still have to do it. Sequences may be scheduled with their newest token expected; it must be known by the
+    time the chunk with it is committed.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """The next step. Single tokens first, so that a prefill cannot starve a decode; then older before younger.
 
-        Empty only if nothing is unfinished.
+        Empty only if all that is unfinished expects its last token.
         """
         planned: dict[Sequence, Chunk] = {}
         preempted = self._schedule_singles(planned)
@@ -86,7 +88,7 @@ class Scheduler:
         for sequence in self.running:
             if budget == 0:
                 break
-            if sequence not in planned:
+            if sequence not in planned and not sequence.complete:
                 budget -= self._plan(planned, sequence, budget)
         if not preempted and self.waiting:
             self._admit(planned, budget)
@@ -97,6 +99,7 @@ class Scheduler:
         sequence = chunk.sequence
         before = sequence.computed
         sequence.computed = before + chunk.length
+        assert sequence.token_ids[sequence.computed - 1] >= 0, f"{sequence}: a placeholder counts as computed"
         sequence.prompt_tokens_computed += max(0, min(sequence.computed, sequence.prompt_length) - before)
         full = sequence.computed // self.block_size
         if self.prefix_caching and sequence.share_prefix and full > before // self.block_size:
@@ -151,7 +154,7 @@ class Scheduler:
         while position < len(self.running) and len(planned) < self.max_num_batched_tokens:
             sequence = self.running[position]
             position += 1
-            if sequence.remaining != 1:
+            if sequence.remaining != 1 or sequence.complete:
                 continue
             if len(sequence.blocks) * self.block_size <= sequence.computed:
                 while self.pool.available == 0 and self.running[-1] is not sequence:
