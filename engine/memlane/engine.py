@@ -81,8 +81,8 @@ class Engine:
 
     @property
     def unfinished(self) -> int:
-        """Sequences that were accepted and have not ended."""
-        return len(self.sequences)
+        """Sequences that were accepted and have not ended, or that ended in a step that is still under way."""
+        return len(self.sequences) + len(self.scheduler.retired)
 
     def step(self) -> list[TokenDelta]:
         """Compute one batch. Returns the new tokens, and the ends of sequences that finished or failed.
@@ -92,10 +92,11 @@ class Engine:
         self._warm_start.advance(
             0.0
         )  # takes in what has come and asks for more, which is read during the step
-        if self._outstanding is not None and self._outstanding.holds_up:
+        # Whose blocks are taken must not be computing: see `_retire`. And an end may spare it.
+        if self._outstanding is not None and (self._outstanding.holds_up or self.scheduler.preempts):
             self._collect()
         launch = self._launch(self.scheduler.schedule())
-        self._collect()
+        self._collect(launch)
         self._book(launch)
         if not self.lookahead:
             self._collect()
@@ -123,12 +124,18 @@ class Engine:
     def abort(self, request_ids: Iterable[str]) -> list[TokenDelta]:
         """End these sequences now, if they are still alive."""
         alive = [self.sequences[name] for name in request_ids if name in self.sequences]
-        return [self._end(sequence, FinishReason.ABORT) for sequence in dict.fromkeys(alive)]
+        ended = list(dict.fromkeys(alive))
+        for sequence in ended:
+            self._retire(sequence)
+        return [_last(sequence, FinishReason.ABORT) for sequence in ended]
 
     def fail_all(self, message: str) -> list[TokenDelta]:
         """After an error nobody foresaw: fail everything in flight and forget all computed state."""
         failure = Failure(ErrorKind.INTERNAL, message)
+        self._outstanding = None
         self._outbox += [self._fail(sequence, failure) for sequence in list(self.sequences.values())]
+        for sequence in list(self.scheduler.retired):
+            self.scheduler.finish(sequence)
         self.scheduler.pool.drop_cached()
         self.runner.clear(range(self.scheduler.pool.total))
         return self._take_outbox()
@@ -140,6 +147,7 @@ class Engine:
         """
         if self.sequences:
             raise RuntimeError("logits needs an idle engine")
+        self._collect()
         self._admission.check_tokens(token_ids)
         if len(token_ids) > self.max_model_len:
             raise RequestError(
@@ -216,19 +224,23 @@ class Engine:
                 self._outbox += [self._fail(sequence, failure) for sequence in lost]
                 plan = plan.without({c.sequence for c in plan.chunks if not self._alive(c.sequence)})
 
-    def _collect(self) -> None:
-        """Take in the results of the step that is outstanding, if one is: waits for the device."""
-        launch, self._outstanding = self._outstanding, None
+    def _collect(self, following: Launch | None = None) -> None:
+        """Take in the results of the step that is outstanding, if one is; then `following` is. Waits for the device."""
+        launch, self._outstanding = self._outstanding, following
         if launch is None:
             return
         for chunk, sampled in zip(launch.plan.chunks, launch.pending.result(), strict=True):
-            if not self._alive(chunk.sequence):
-                continue  # it ended while its step was under way
-            if sampled.token_id is None:
+            sequence, finite = chunk.sequence, sampled.token_id is not None
+            if sequence in self.scheduler.retired:
+                freed = self.scheduler.finish(sequence, discard=not finite)
+                self.runner.clear([] if finite else freed)
+            elif not self._alive(sequence):
+                continue  # it failed in the step before
+            elif sampled.token_id is None:
                 # Also in the middle of a prompt, lest what it leaves behind reaches other sequences.
-                self._outbox.append(self._fail(chunk.sequence, _NOT_FINITE))
+                self._outbox.append(self._fail(sequence, _NOT_FINITE))
             elif chunk.samples:
-                self._outbox.append(self._advance(chunk.sequence, sampled.token_id, sampled.logprobs))
+                self._outbox.append(self._advance(sequence, sampled.token_id, sampled.logprobs))
 
     def _book(self, launch: Launch) -> None:
         """A step is under way: what it computes counts as computed, and its tokens are expected."""
@@ -240,7 +252,7 @@ class Engine:
                 if chunk.samples:
                     chunk.sequence.expect(row)
         self._count(launch.plan)
-        self._outstanding = launch if self.sequences else None
+        self._outstanding = launch if self.unfinished else None
 
     def _alive(self, sequence: Sequence) -> bool:
         """Whether it has not ended. Its name may be another's by now."""
@@ -271,7 +283,7 @@ class Engine:
         )
         if finish is None:
             return delta
-        self._release(sequence)
+        self._retire(sequence)
         return msgspec.structs.replace(
             delta,
             finish_reason=finish.reason,
@@ -281,18 +293,18 @@ class Engine:
 
     def _fail(self, sequence: Sequence, failure: Failure) -> TokenDelta:
         """End a sequence that failed; nothing it computed may be shared or left behind non-finite."""
-        self.runner.clear(self._release(sequence, discard=True))
+        del self.sequences[sequence.request_id]
+        self.runner.clear(self.scheduler.finish(sequence, discard=True))
         return _last(sequence, FinishReason.ERROR, failure)
 
-    def _end(self, sequence: Sequence, reason: FinishReason) -> TokenDelta:
-        self._release(sequence)
-        return _last(sequence, reason)
-
-    def _release(self, sequence: Sequence, *, discard: bool = False) -> list[int]:
+    def _retire(self, sequence: Sequence) -> None:
+        """A sequence ends well. What a step under way still computes for it nobody gets to see, but until it is known to
+        be finite nobody else may get the blocks it lies in."""
         del self.sequences[sequence.request_id]
-        if not self.sequences:
-            self._outstanding = None  # nobody is left to be told
-        return self.scheduler.finish(sequence, discard=discard)
+        if self._outstanding is not None and self._outstanding.computes(sequence):
+            self.scheduler.retire(sequence)
+        else:
+            self.scheduler.finish(sequence)
 
 
 def _load(config: EngineConfig, choices: Choices) -> LoadedModel:

@@ -14,9 +14,9 @@ With lookahead the host plans a step, and gives it to the device, while the one 
 Without lookahead a step is collected as soon as it is booked, and nothing is ever expected while a step is planned.
 
 How a sequence ends decides what lookahead costs. Its length is known beforehand: nothing is planned past it. A stop
-token is not: one token more may be computed, which nobody gets to see. Its KV goes to a block that the sequence has given
-up when that comes to light. Whoever gets the block next writes and reads it in a later launch, which the stream orders
-behind this one. The same holds for blocks of sequences that were aborted or preempted while their step ran.
+token is not: one token more may be computed, which nobody gets to see. Until that step is collected the sequence keeps
+its blocks, as one does that is aborted; one that fails gives them up at once, and they are cleared. Whoever gets them next
+writes and reads them in a later launch, which the stream orders behind the clearing, and that behind the step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import NamedTuple
 from memlane.runner import Pending, Runner
 from memlane.runner.penalties import reads_history
 from memlane.runner.sampler import launch
-from memlane.scheduler import StepPlan
+from memlane.scheduler import Sequence, StepPlan
 
 __all__ = ["Launch"]
 
@@ -47,6 +47,9 @@ class Launch(NamedTuple):
             return cls(plan, Pending.nothing())
         logits = runner.run(plan, previous=None if previous is None else previous.pending.tokens)
         return cls(plan, launch(logits, [chunk.sequence if chunk.samples else None for chunk in plan.chunks]))
+
+    def computes(self, sequence: Sequence) -> bool:
+        return any(chunk.sequence is sequence for chunk in self.plan.chunks)
 
     @property
     def holds_up(self) -> bool:

@@ -14,8 +14,8 @@ def upload(
     values: Sequence[float] | Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """These numbers as a tensor on the device, through pinned memory: from any other the host waits for the copy."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
@@ -25,7 +25,7 @@ class Download:
     def __init__(self, values: Tensor) -> None:
         """The tensor must not change any more, except by what is given to the same stream later."""
         self._copied: torch.cuda.Event | None = None
-        if values.device.type != "cuda":
+        if values.device.type == "cpu":
             self._host = values
             return
         self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
