@@ -5,20 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
 from memlane import recording, reporting
+from memlane.admission import Admission
 from memlane.checkpoints import resolve
 from memlane.choices import Choices, available_memory
 from memlane.config import EngineConfig
 from memlane.errors import ErrorKind, RequestError
 from memlane.ipc import Add, Stats
+from memlane.launch import Launch
 from memlane.models.loading import LoadedModel, TableOptions, load_model, table_bytes
-from memlane.request import Failure, FinishReason, SamplingParams, TokenDelta
-from memlane.runner import DecodeSplit, KVCache, Runner, Sampled, sample
+from memlane.request import Failure, FinishReason, SamplingParams, TokenDelta, TokenLogprobs
+from memlane.runner import DecodeSplit, KVCache, Runner
 from memlane.runner.random_numbers import derive_seed
 from memlane.scheduler import Scheduler, Sequence, StepPlan
 from memlane.tables import RowReadError
@@ -29,13 +31,6 @@ __all__ = ["Engine"]
 logger = logging.getLogger(__name__)
 
 _NOT_FINITE = Failure(ErrorKind.INTERNAL, "the model's output is not finite (NaN or infinity)")
-
-
-class _Computed(NamedTuple):
-    """A step that ran: its plan without the sequences that failed, and logits [chunks, vocab] after each chunk."""
-
-    plan: StepPlan
-    logits: Tensor
 
 
 class Engine:
@@ -74,9 +69,12 @@ class Engine:
         self.runner = Runner(self.model.transformer, cache, self.decode_split.wanted, attention)
         self.sequences: dict[str, Sequence] = {}  # accepted and not ended
         self._outbox: list[TokenDelta] = []  # of the step under way: survives an exception in its middle
+        self.lookahead = config.async_scheduling and self.device.type == "cuda"
+        self._outstanding: Launch | None = None  # given to the device, not collected
         self.steps = self.last_step_tokens = 0
         self._accepted = self._prompt_tokens = self._generation_tokens = 0
-        self._eos_ids = frozenset(self.model.config.eos_token_ids)
+        eos_ids = frozenset(self.model.config.eos_token_ids)
+        self._admission = Admission(self.model.config.vocab_size, self.max_model_len, eos_ids)
         self._warm_start = WarmStart(config, self.model)
         self._recorder = recording.start(
             config, self.model
@@ -84,28 +82,32 @@ class Engine:
 
     @property
     def unfinished(self) -> int:
-        """Sequences that were accepted and have not ended."""
-        return len(self.sequences)
+        """Sequences that were accepted and have not ended, or that ended in a step that is still under way."""
+        return len(self.sequences) + len(self.scheduler.retired)
 
     def step(self) -> list[TokenDelta]:
-        """Compute one batch. Returns the new tokens, and the ends of sequences that finished or failed."""
+        """Compute one batch. Returns the new tokens, and the ends of sequences that finished or failed.
+
+        With lookahead the tokens are those of the batch before: see memlane.launch.
+        """
         self._warm_start.advance(
             0.0
         )  # takes in what has come and asks for more, which is read during the step
-        plan, logits = self._compute(self.scheduler.schedule())
-        rows = [row for row, chunk in enumerate(plan.chunks) if chunk.samples]
-        partial = len(rows) < len(plan.chunks)
-        sampling = [plan.chunks[row].sequence for row in rows]
-        sampled = sample(logits[rows] if partial else logits, sampling)
-        self._commit(plan)
-        if partial:
-            self._check_partial(plan, logits)
-        self._outbox += map(self._advance, sampling, sampled)
+        # Whose blocks are taken must not be computing: see `_retire`. And an end may spare it.
+        if self._outstanding is not None and (self._outstanding.holds_up or self.scheduler.preempts):
+            self._collect()
+        launch = self._launch(self.scheduler.schedule())
+        self._collect(launch)
+        self._book(launch)
+        if not self.lookahead:
+            self._collect()
         return self._take_outbox()
 
     def add(self, request: Add) -> None:
         """Accept a sequence. Raises RequestError if it cannot be served as asked; nothing has changed then."""
-        self._check(request)
+        if request.request_id in self.sequences:
+            raise RequestError(f"request id {request.request_id!r} is in use")
+        self._admission.check(request)
         params, prompt = request.params, request.prompt_token_ids
         answer = self.max_model_len if params.max_tokens is None else params.max_tokens
         sequence = Sequence(
@@ -113,7 +115,7 @@ class Engine:
             prompt,
             params,
             max_length=min(len(prompt) + answer, self.max_model_len),
-            eos_ids=self._eos_ids,
+            eos_ids=self._admission.eos_ids,
             seed=derive_seed(self.config.seed, self._accepted) if params.seed is None else params.seed,
         )
         self.scheduler.add(sequence)
@@ -123,12 +125,18 @@ class Engine:
     def abort(self, request_ids: Iterable[str]) -> list[TokenDelta]:
         """End these sequences now, if they are still alive."""
         alive = [self.sequences[name] for name in request_ids if name in self.sequences]
-        return [self._end(sequence, FinishReason.ABORT) for sequence in dict.fromkeys(alive)]
+        ended = list(dict.fromkeys(alive))
+        for sequence in ended:
+            self._retire(sequence)
+        return [_last(sequence, FinishReason.ABORT) for sequence in ended]
 
     def fail_all(self, message: str) -> list[TokenDelta]:
         """After an error nobody foresaw: fail everything in flight and forget all computed state."""
         failure = Failure(ErrorKind.INTERNAL, message)
+        self._outstanding = None
         self._outbox += [self._fail(sequence, failure) for sequence in list(self.sequences.values())]
+        for sequence in list(self.scheduler.retired):
+            self.scheduler.finish(sequence)
         self.scheduler.pool.drop_cached()
         self.runner.clear(range(self.scheduler.pool.total))
         return self._take_outbox()
@@ -140,7 +148,8 @@ class Engine:
         """
         if self.sequences:
             raise RuntimeError("logits needs an idle engine")
-        self._check_tokens(token_ids)
+        self._collect()
+        self._admission.check_tokens(token_ids)
         if len(token_ids) > self.max_model_len:
             raise RequestError(
                 f"{len(token_ids)} tokens; at most {self.max_model_len}", kind=ErrorKind.CONTEXT_LENGTH
@@ -154,7 +163,8 @@ class Engine:
             while sequence.remaining:
                 plan = self.scheduler.schedule()
                 parts.append(self.runner.run(plan, all_logits=True))
-                self._commit(plan)
+                self.scheduler.commit(plan.chunks[0])
+                self._count(plan)
         finally:
             self.scheduler.finish(sequence, discard=True)
         return torch.cat(parts)
@@ -193,66 +203,90 @@ class Engine:
 
     def close(self) -> None:
         """Close the model's tables, and the record of rows; save what the row caches held for the next start."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # a step whose sequences ended meanwhile may still read rows
         self._warm_start.save()
         if self._recorder is not None:
             self._recorder.close()
         self.model.close()
 
-    def _compute(self, plan: StepPlan) -> _Computed:
-        """Run the plan. Sequences that need rows that cannot be read fail; the others run again without them."""
-        while plan.chunks:
+    def _launch(self, plan: StepPlan) -> Launch:
+        """Start the plan. Sequences that need rows that cannot be read fail; the others are started without them."""
+        while True:
             try:
                 with self.decode_split.watch(plan):
-                    return _Computed(plan, self.runner.run(plan))
+                    return Launch.start(self.runner, plan, self._outstanding)
             except RowReadError as error:
                 logger.error("%s", error)
-                lost = _owners(plan, error.tokens)
+                # First what came before: a sequence that ended there needs no rows, and others are due a token.
+                self._collect()
                 failure = Failure(ErrorKind.ROWS_UNREADABLE, str(error))
+                lost = [sequence for sequence in plan.owners(error.tokens) if self._alive(sequence)]
                 self._outbox += [self._fail(sequence, failure) for sequence in lost]
-                plan = plan.without(set(lost))
-        return _Computed(plan, torch.empty(0, 0))
+                plan = plan.without({c.sequence for c in plan.chunks if not self._alive(c.sequence)})
+
+    def _collect(self, following: Launch | None = None) -> None:
+        """Take in the results of the step that is outstanding, if one is; then `following` is. Waits for the device."""
+        launch, self._outstanding = self._outstanding, following
+        if launch is None:
+            return
+        for chunk, sampled in zip(launch.plan.chunks, launch.pending.result(), strict=True):
+            sequence, finite = chunk.sequence, sampled.token_id is not None
+            if sequence in self.scheduler.retired:
+                freed = self.scheduler.finish(sequence, discard=not finite)
+                self.runner.clear([] if finite else freed)
+            elif not self._alive(sequence):
+                continue  # it failed in the step before
+            elif sampled.token_id is None:
+                # Also in the middle of a prompt, lest what it leaves behind reaches other sequences.
+                self._outbox.append(self._fail(sequence, _NOT_FINITE))
+            elif chunk.samples:
+                self._outbox.append(self._advance(sequence, sampled.token_id, sampled.logprobs))
+
+    def _book(self, launch: Launch) -> None:
+        """A step is under way: what it computes counts as computed, and its tokens are expected."""
+        for row, chunk in enumerate(launch.plan.chunks):
+            if self._alive(chunk.sequence):
+                # Others may find blocks by their content from now on, before it is known to be finite. Should it not
+                # be, they fail like their owner, as if they had computed it.
+                self.scheduler.commit(chunk)
+                if chunk.samples:
+                    chunk.sequence.expect(row)
+        self._count(launch.plan)
+        self._outstanding = launch if self.unfinished else None
+
+    def _alive(self, sequence: Sequence) -> bool:
+        """Whether it has not ended. Its name may be another's by now."""
+        return self.sequences.get(sequence.request_id) is sequence
 
     def _stall_seconds(self) -> float:
         return sum(table.stall_seconds for table in self.model.tables.values())
-
-    def _check_partial(self, plan: StepPlan, logits: Tensor) -> None:
-        """Fail prompts that went wrong before their end, lest what they leave behind reaches other sequences."""
-        for chunk, finite in zip(plan.chunks, torch.isfinite(logits.sum(-1)).tolist(), strict=True):
-            if not chunk.samples and not finite:
-                self._outbox.append(self._fail(chunk.sequence, _NOT_FINITE))
 
     def _take_outbox(self) -> list[TokenDelta]:
         taken, self._outbox = self._outbox, []
         return taken
 
-    def _commit(self, plan: StepPlan) -> None:
-        """Book a step that was computed."""
-        for chunk in plan.chunks:
-            self.scheduler.commit(chunk)
-        self.steps += 1
+    def _count(self, plan: StepPlan) -> None:
+        self.steps += bool(plan.chunks)
         self.last_step_tokens = plan.tokens
         self._prompt_tokens += plan.prompt_tokens
 
-    def _advance(self, sequence: Sequence, sampled: Sampled) -> TokenDelta:
+    def _advance(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenDelta:
         """Give a sequence its token; end it if that was the last."""
-        if sampled.token_id is None:
-            return self._fail(sequence, _NOT_FINITE)
         self._generation_tokens += 1
         first = sequence.first_token is None
-        finish = sequence.append(sampled.token_id)
-        token_ids = [sampled.token_id]
-        logprobs = None if sampled.logprobs is None else [sampled.logprobs]
-        cached = sequence.cached_tokens if first else None
-        if finish is None:
-            return TokenDelta(
-                request_id=sequence.request_id, token_ids=token_ids, logprobs=logprobs, cached_tokens=cached
-            )
-        self._release(sequence)
-        return TokenDelta(
+        finish = sequence.append(token_id)
+        delta = TokenDelta(
             request_id=sequence.request_id,
-            token_ids=token_ids,
-            logprobs=logprobs,
-            cached_tokens=cached,
+            token_ids=[token_id],
+            logprobs=None if logprobs is None else [logprobs],
+            cached_tokens=sequence.cached_tokens if first else None,
+        )
+        if finish is None:
+            return delta
+        self._retire(sequence)
+        return msgspec.structs.replace(
+            delta,
             finish_reason=finish.reason,
             stop_token_id=finish.stop_token_id,
             timing=sequence.timing(),
@@ -260,48 +294,18 @@ class Engine:
 
     def _fail(self, sequence: Sequence, failure: Failure) -> TokenDelta:
         """End a sequence that failed; nothing it computed may be shared or left behind non-finite."""
-        self.runner.clear(self._release(sequence, discard=True))
+        del self.sequences[sequence.request_id]
+        self.runner.clear(self.scheduler.finish(sequence, discard=True))
         return _last(sequence, FinishReason.ERROR, failure)
 
-    def _end(self, sequence: Sequence, reason: FinishReason) -> TokenDelta:
-        self._release(sequence)
-        return _last(sequence, reason)
-
-    def _release(self, sequence: Sequence, *, discard: bool = False) -> list[int]:
+    def _retire(self, sequence: Sequence) -> None:
+        """A sequence ends well. What a step under way still computes for it nobody gets to see, but until it is known to
+        be finite nobody else may get the blocks it lies in."""
         del self.sequences[sequence.request_id]
-        return self.scheduler.finish(sequence, discard=discard)
-
-    def _check(self, request: Add) -> None:
-        params, prompt = request.params, request.prompt_token_ids
-        if params.n != 1:
-            raise RequestError("the engine takes one sequence at a time; n must be 1", param="n")
-        if request.request_id in self.sequences:
-            raise RequestError(f"request id {request.request_id!r} is in use")
-        self._check_tokens(prompt)
-        if len(prompt) >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens; with room for one more, the model's context of "
-                f"{self.max_model_len} takes at most {self.max_model_len - 1}",
-                param="prompt",
-                kind=ErrorKind.CONTEXT_LENGTH,
-            )
-        vocab = self.model.config.vocab_size
-        for token in params.logit_bias or ():
-            if token >= vocab:
-                raise RequestError(
-                    f"logit_bias: {token} is not in the vocabulary of {vocab}", param="logit_bias"
-                )
-        ends = self._eos_ids.union(params.stop_token_ids)
-        if params.min_tokens and sum(token < vocab for token in ends) >= vocab:
-            raise RequestError("min_tokens forbids every token of the vocabulary", param="min_tokens")
-
-    def _check_tokens(self, token_ids: list[int]) -> None:
-        vocab = self.model.config.vocab_size
-        if not token_ids:
-            raise RequestError("the prompt is empty", param="prompt")
-        if not (min(token_ids) >= 0 and max(token_ids) < vocab):
-            bad = next(token for token in token_ids if not 0 <= token < vocab)
-            raise RequestError(f"token id {bad} is not in the vocabulary of {vocab}", param="prompt")
+        if self._outstanding is not None and self._outstanding.computes(sequence):
+            self.scheduler.retire(sequence)
+        else:
+            self.scheduler.finish(sequence)
 
 
 def _load(config: EngineConfig, choices: Choices) -> LoadedModel:
@@ -321,18 +325,6 @@ def _load(config: EngineConfig, choices: Choices) -> LoadedModel:
         dtype=choices.dtype("cpu"),
         tokenizer=config.tokenizer,
     )
-
-
-def _owners(plan: StepPlan, tokens: list[int]) -> list[Sequence]:
-    """The sequences to which these flat tokens of the step belong; all of them where no token is named."""
-    wanted = set(tokens)
-    owners = []
-    begin = 0
-    for chunk in plan.chunks:
-        if not wanted or not wanted.isdisjoint(range(begin, begin + chunk.length)):
-            owners.append(chunk.sequence)
-        begin += chunk.length
-    return owners
 
 
 def _last(sequence: Sequence, reason: FinishReason, failure: Failure | None = None) -> TokenDelta:

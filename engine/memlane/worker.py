@@ -156,7 +156,8 @@ class Worker:
             deltas, alive = self._recover()
         with self._lock:
             self._step_started = None
-        self._step_tokens.append(self.engine.last_step_tokens)
+        if self.engine.last_step_tokens:  # else nothing was computed, only collected
+            self._step_tokens.append(self.engine.last_step_tokens)
         self._send_deltas(deltas)
         if not alive:
             self.send(Fatal("the engine's state is inconsistent after a failed step; see its log"))

@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import plain_sampler
 import pytest
 import torch
 from tiny import answer, engine, prompt, request, run, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memlane.request import SamplingParams
-from memlane.runner import Sampled, sample
+from memlane.runner import Sampled, sampler
 from memlane.runner.random_numbers import derive_seed, uniform
+from memlane.runner.sampler import Pending, launch
 from memlane.scheduler import Sequence
 
 VOCAB = 40
@@ -26,6 +29,10 @@ def sequence(ids: list[int], said: list[int], params: SamplingParams, seed: int 
     s = Sequence("s", ids, params, max_length=1000, eos_ids=frozenset([EOS]), seed=seed)
     s.token_ids += said
     return s
+
+
+def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
+    return launch(logits, sequences).result()
 
 
 # --- the twin ---
@@ -133,6 +140,66 @@ def test_random_parameters_in_a_mixed_batch(seed: int) -> None:
         check_logprobs(row, s, one)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_the_twin_in_which_the_host_takes_part_agrees_bit_by_bit(seed: int) -> None:
+    """Rows without a sequence among the others, as there are where a prompt is computed in pieces."""
+    rng = random.Random(seed)
+    count, vocab = rng.choice([1, 2, 30]), rng.choice([VOCAB, 700])
+    sequences: list[Sequence | None] = []
+    for _ in range(count):
+        ids, said = ([rng.randrange(VOCAB) for _ in range(rng.randint(1, 20))] for _ in range(2))
+        sequences.append(sequence(ids, said, random_params(rng), seed=rng.getrandbits(63)))
+        sequences += [None] * (rng.random() < 0.2)
+    logits = torch.randn(len(sequences), vocab, generator=torch.Generator().manual_seed(seed)) * 3
+    rows = [row for row, s in enumerate(sequences) if s is not None]
+    expected = plain_sampler.sample(logits[rows], [s for s in sequences if s is not None])
+    pending = launch(logits, sequences)
+    got = pending.result()
+    assert [got[row] for row in rows] == expected
+    assert pending.tokens.tolist() == [x.token_id for x in got]
+    assert pending.tokens.dtype == torch.int64
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses copies between devices for which the host would wait."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        crosses, asks = False, bool(kwargs.get("non_blocking"))
+        if func is torch.ops.aten._to_copy.default:
+            crosses = args[0].device != out.device
+        elif func is torch.ops.aten.copy_.default:
+            crosses, asks = args[0].device != args[1].device, asks or True in args[2:]
+        assert asks or not crosses, f"the host waits for {func}"
+        return out
+
+
+def pinned(values: Any, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+    """`torch.tensor` of what is to reach a device."""
+    assert pin_memory, "the host waits for copies from memory that is not pinned"
+    return torch.from_numpy(np.array(values)).to(dtype)
+
+
+def test_nothing_on_the_way_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On torch's device without memory: whatever would read a value, or make a shape depend on one, raises."""
+    rng = random.Random(5)
+    sequences: list[Sequence | None] = [
+        sequence([rng.randrange(VOCAB)], [rng.randrange(VOCAB)], random_params(rng)) for _ in range(40)
+    ]
+    random_ones = [s for s in sequences if s is not None and not s.params.greedy]
+    monkeypatch.setattr(torch, "tensor", pinned)
+    monkeypatch.setattr(sampler, "Download", lambda values: values)
+    with NoWaiting():
+        for some in (sequences, [*sequences, None], [None], random_ones):
+            pending = launch(torch.empty(len(some), VOCAB, device="meta"), some)
+            assert (pending.tokens.device.type, pending.tokens.shape) == ("meta", (len(some),))
+        with pytest.raises(AssertionError, match="the host waits"):
+            torch.empty(3).to("meta")
+        with pytest.raises(RuntimeError, match="meta"):
+            torch.empty(3, device="meta").argmax().item()
+
+
 def test_the_least_temperature_is_greedy() -> None:
     """1 / temperature overflows: every float in the range that requests may name must still give a token."""
     logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(0)) * 10
@@ -156,7 +223,7 @@ def test_rows_that_are_not_finite_give_no_token_and_harm_no_other() -> None:
 
 
 def test_nothing_to_sample() -> None:
-    assert sample(torch.empty(0, 0), []) == []
+    assert Pending.nothing().result() == []
 
 
 def test_draws_follow_the_distribution() -> None:

@@ -55,8 +55,11 @@ def transformer(tables: Mapping[str, Table] | None = None) -> Transformer:
 def engine(
     tables: Mapping[str, Table] | None = None, model: Transformer | None = None, **options: Any
 ) -> Engine:
-    """An engine over the tiny model. kv_blocks: so many KV blocks, in place of kv_cache. split: every step in halves."""
-    split = options.pop("split", False)
+    """An engine over the tiny model. kv_blocks: so many KV blocks, in place of kv_cache. split: every step in halves.
+
+    lookahead: steps are planned before the tokens of those before them are known, as on a GPU.
+    """
+    split, lookahead = options.pop("split", False), options.pop("lookahead", False)
     options.setdefault("block_size", 4)
     blocks = options.pop("kv_blocks", None)
     if blocks is not None:
@@ -66,6 +69,7 @@ def engine(
         )
     loaded = LoadedModel(CONFIG, model or transformer(tables), cast(Any, {}), Path("tiny"))
     e = Engine(EngineConfig(model="tiny", **options), loaded)
+    e.lookahead = lookahead
     if split:
         e.runner.splits = lambda plan: plan.tokens > 1  # type: ignore[method-assign]
     return e

@@ -5,7 +5,7 @@ from memlane.runner.decode_batch import DecodeBatch, DecodeBatches, resolve
 from memlane.runner.kv import KVCache
 from memlane.runner.overlap import DecodeSplit
 from memlane.runner.runner import Runner
-from memlane.runner.sampler import Sampled, sample
+from memlane.runner.sampler import Pending, Sampled
 
 __all__ = [
     "AttentionBackend",
@@ -13,9 +13,9 @@ __all__ = [
     "DecodeBatches",
     "DecodeSplit",
     "KVCache",
+    "Pending",
     "Runner",
     "Sampled",
     "choose_backend",
     "resolve",
-    "sample",
 ]

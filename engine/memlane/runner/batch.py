@@ -36,8 +36,13 @@ class Batch(NamedTuple):
     blocks: list[list[int]]
 
 
-def make_batch(plan: StepPlan, block_size: int, device: torch.device | str = "cpu") -> Batch:
-    """Read tokens and block tables of the planned sequences; changes nothing."""
+def make_batch(
+    plan: StepPlan, block_size: int, device: torch.device | str = "cpu", previous: Tensor | None = None
+) -> Batch:
+    """Read tokens and block tables of the planned sequences; changes nothing.
+
+    previous: tokens int64 [n] that the step before sampled, on the device. Tokens that are still expected are its rows.
+    """
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -63,6 +68,9 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device | str = "cp
         blocks.append(sequence.blocks[: -(-stop // block_size)])
         prefills.append(Prefill(begin, len(token_ids), chunk.start))
     flat = torch.tensor([token_ids, positions, slots], dtype=torch.int64, device=device)
+    if min(token_ids, default=0) < 0:
+        assert previous is not None, "a placeholder is no token"
+        flat[0] = _resolve(flat[0], previous)
     return Batch(
         token_ids=flat[0],
         positions=flat[1],
@@ -72,3 +80,8 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device | str = "cp
         lengths=lengths,
         blocks=blocks,
     )
+
+
+def _resolve(token_ids: Tensor, previous: Tensor) -> Tensor:
+    """token_ids int64 [T] with previous[row] in place of each -(row + 1), which in two's complement is ~row."""
+    return torch.where(token_ids < 0, previous.index_select(0, (~token_ids).clamp_(min=0)), token_ids)

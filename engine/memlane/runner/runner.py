@@ -42,8 +42,10 @@ class Runner:
         self.attention = attention or SdpaBackend()
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan, *, all_logits: bool = False) -> Tensor:
+    def run(self, plan: StepPlan, *, all_logits: bool = False, previous: Tensor | None = None) -> Tensor:
         """Compute the plan's tokens and write their KV. The plan must not be empty.
+
+        previous: as `make_batch` takes it.
 
         Returns logits fp32 [chunks, vocab] after the last token of each chunk; with `all_logits` [T, vocab] after every
         token. Those of chunks that do not sample show whether what they computed is finite: each token attends to all
@@ -53,9 +55,10 @@ class Runner:
         if self.splits(plan):
             middle = plan.tokens // 2
             first, second = halves.cut(plan, middle)
-            hidden = torch.cat(halves.alternate(self._pieces(first, 0), self._pieces(second, middle)))
+            parts = (self._pieces(first, 0, previous), self._pieces(second, middle, previous))
+            hidden = torch.cat(halves.alternate(*parts))
         else:
-            hidden = finish(self._pieces(plan, 0))
+            hidden = finish(self._pieces(plan, 0, previous))
         if not (plan.all_single or all_logits):
             ends = [end - 1 for end in accumulate(chunk.length for chunk in plan.chunks)]
             hidden = hidden.index_select(0, torch.tensor(ends, device=self.device))
@@ -77,9 +80,9 @@ class Runner:
         """Zero KV blocks that a failed sequence left behind."""
         self.kv.clear(blocks)
 
-    def _pieces(self, plan: StepPlan, begin: int) -> Pieces:
+    def _pieces(self, plan: StepPlan, begin: int, previous: Tensor | None) -> Pieces:
         """The hidden states [T, D] of a plan whose tokens are those of a step from `begin` on; errors name the step's."""
-        batch = make_batch(plan, self.kv.block_size, self.device)
+        batch = make_batch(plan, self.kv.block_size, self.device, previous)
         try:
             return (
                 yield from self.transformer.run(

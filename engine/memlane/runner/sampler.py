@@ -6,6 +6,9 @@
 
 Names, order and meaning of the steps are vLLM's. A draw inverts the cumulative distribution at a number that depends on
 (seed, output position) alone, so it needs no generator state, survives preemption, and is the same on every device.
+
+Two stages: `launch` gives all its work to the device and waits for none of it, so that the next step can be given to
+the device behind it; what came out reaches the host in one copy, which `Pending.result` waits for.
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ import torch
 from torch import Tensor
 
 from memlane.request import TokenLogprobs
-from memlane.runner.penalties import adjust, is_adjusted
+from memlane.runner.penalties import adjust
 from memlane.runner.random_numbers import uniform
+from memlane.runner.transfer import Download, upload
 from memlane.scheduler import Sequence
 
-__all__ = ["Sampled", "sample"]
+__all__ = ["Pending", "Sampled", "launch"]
 
 _LEAST = torch.finfo(torch.float32).tiny
 
@@ -33,102 +37,165 @@ class Sampled(NamedTuple):
     logprobs: TokenLogprobs | None
 
 
+class Pending:
+    """Tokens that the device chooses, or is about to.
+
+    tokens: int64 [n] on the device, for the next step to read: 0 where logits were not finite.
+
+    What travels to the host, as one vector (fp64 holds every token id and every fp32 exactly):
+
+        | tokens [n] | finite [n] | logprob, rank, best ids, their logprobs  [reports, 2 + 2 * best] |
+    """
+
+    def __init__(
+        self, tokens: Tensor, finite: Tensor, reports: Tensor | None, reported: list[_Reported]
+    ) -> None:
+        """reports: fp64 [reports, 2 + 2 * best] for the rows named in `reported`."""
+        self.tokens = tokens
+        self._reported = reported
+        parts = [tokens, finite] if reports is None else [tokens, finite, reports.flatten()]
+        self._download = Download(torch.cat(parts))
+
+    @classmethod
+    def nothing(cls) -> Pending:
+        """What comes of no rows."""
+        return cls(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool), None, [])
+
+    def result(self) -> list[Sampled]:
+        """One result for each row. Waits until they are there."""
+        values, n = self._download.wait().tolist(), len(self.tokens)
+        found = [
+            Sampled(int(token) if finite else None, None)
+            for token, finite in zip(values[:n], values[n : 2 * n], strict=True)
+        ]
+        width = (len(values) - 2 * n) // len(self._reported) if self._reported else 0
+        for i, (row, best) in enumerate(self._reported):
+            token = found[row].token_id
+            if token is not None:
+                report = values[2 * n + i * width : 2 * n + (i + 1) * width]
+                found[row] = Sampled(token, _logprobs(token, report, best))
+        return found
+
+
+class _Reported(NamedTuple):
+    """A row whose log-probabilities were asked for, with so many of the best ones."""
+
+    row: int
+    best: int
+
+
 @torch.inference_mode()
-def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sampled]:
-    """logits fp32 [n, vocab], one row for each sequence -> one result for each. May overwrite logits."""
-    if not sequences:
-        return []
+def launch(logits: Tensor, sequences: SequenceOf[Sequence | None]) -> Pending:
+    """Choose a token for each row of logits fp32 [n, vocab], which may be overwritten; waits for nothing. n > 0.
+
+    Of a row without a sequence only whether it is finite means anything.
+    """
     # One pass finds any inf or NaN: both survive summing, and finite fp32 logits cannot overflow.
-    finite = torch.isfinite(logits.sum(-1)).tolist()
-    reports = _report(logits, sequences, finite)
-    if any(is_adjusted(sequence) for sequence in sequences):
-        adjust(logits, sequences)
-    random = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy and finite[row]]
-    if len(random) == len(sequences):
-        tokens = _draw(logits, sequences)
-    else:
-        tokens = logits.argmax(-1).tolist()
-        if random:
-            drawn = _draw(logits[random], [sequences[row] for row in random])
-            for row, token in zip(random, drawn, strict=True):
-                tokens[row] = token
-    if reports is None:
-        return [Sampled(token if ok else None, None) for token, ok in zip(tokens, finite, strict=True)]
-    return [
-        Sampled(token if ok else None, report.of(token) if report is not None else None)
-        for token, ok, report in zip(tokens, finite, reports, strict=True)
+    finite = torch.isfinite(logits.sum(-1))
+    reported = [
+        _Reported(row, min(s.params.logprobs, logits.shape[-1]))
+        for row, s in enumerate(sequences)
+        if s is not None and s.params.logprobs is not None
     ]
+    rows = upload([row for row, _ in reported], torch.int64, logits.device) if reported else None
+    logprobs = None if rows is None else torch.log_softmax(logits.index_select(0, rows), dim=-1)
+    adjust(logits, sequences)
+    # Where logits are not finite anything may have been chosen, a number past the vocabulary even.
+    tokens = _choose(logits, sequences).mul_(finite)
+    if rows is None or logprobs is None:
+        return Pending(tokens, finite, None, [])
+    reports = _report(logprobs, tokens.index_select(0, rows), max(best for _, best in reported))
+    return Pending(tokens, finite, reports, reported)
 
 
-def _draw(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[int]:
-    """One random token for each row of logits [n, vocab], all finite or -inf."""
-    device = logits.device
-    # The best at 0, and no temperature below the least normal fp32: then the least ones give 0 and -inf, never NaN.
-    temperatures = torch.tensor([[max(s.params.temperature, _LEAST)] for s in sequences], device=device)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperatures
-    logits = _truncate(logits, sequences)
+def _choose(logits: Tensor, sequences: SequenceOf[Sequence | None]) -> Tensor:
+    """Tokens int64 [n]: those of the greatest logits, or drawn ones where a sequence wants that."""
+    drawing = [row for row, s in enumerate(sequences) if s is not None and not s.params.greedy]
+    if not drawing:
+        return logits.argmax(-1)
+    wanting = [s for s in sequences if s is not None and not s.params.greedy]
+    parameters = _upload_parameters(drawing, wanting, logits.device)
+    if len(drawing) == len(sequences):
+        return _draw(logits, wanting, parameters)
+    drawn = _draw(logits.index_select(0, parameters.rows), wanting, parameters)
+    return logits.argmax(-1).index_copy_(0, parameters.rows, drawn)
+
+
+class _Parameters(NamedTuple):
+    """What draws depend on, on the device. rows: int64 [n], of the logits; the others [n, 1], of the dtype they are used in."""
+
+    rows: Tensor
+    temperature: Tensor
+    min_p: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    at: Tensor
+
+
+def _upload_parameters(rows: list[int], sequences: SequenceOf[Sequence], device: torch.device) -> _Parameters:
+    """In one copy: fp64 holds all of them exactly."""
+    p = [s.params for s in sequences]
+    values: SequenceOf[SequenceOf[float]] = [
+        rows,
+        # No temperature below the least normal fp32: with the best logit at 0, the least ones then give 0 and -inf,
+        # never NaN.
+        [max(x.temperature, _LEAST) for x in p],
+        [x.min_p for x in p],
+        [x.top_k if x.top_k > 0 else 2**31 for x in p],
+        [x.top_p for x in p],
+        [uniform(s.seed, s.output_length) for s in sequences],
+    ]
+    index, temperature, min_p, top_k, top_p, at = upload(values, torch.float64, device)[:, :, None]
+    return _Parameters(index[:, 0].long(), temperature.float(), min_p.float(), top_k.long(), top_p, at)
+
+
+def _draw(logits: Tensor, sequences: SequenceOf[Sequence], parameters: _Parameters) -> Tensor:
+    """One random token for each row of logits [n, vocab], all finite or -inf. int64 [n]."""
+    logits = (logits - logits.amax(-1, keepdim=True)) / parameters.temperature
+    logits = _truncate(logits, sequences, parameters)
     # fp64: the running sum over a large vocabulary must not swallow small probabilities.
     cumulative = torch.softmax(logits, dim=-1, dtype=torch.float64).cumsum_(-1)
-    at = torch.tensor(
-        [[uniform(s.seed, s.output_length)] for s in sequences], dtype=torch.float64, device=device
-    )
     # The first token whose sum reaches the draw. The draw is above 0 and at most the total, so that token exists and
     # has a probability above 0, however the sums were rounded.
-    tokens: list[int] = torch.searchsorted(cumulative, at * cumulative[:, -1:])[:, 0].tolist()
-    return tokens
+    return torch.searchsorted(cumulative, parameters.at * cumulative[:, -1:])[:, 0]
 
 
-def _truncate(logits: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
+def _truncate(logits: Tensor, sequences: SequenceOf[Sequence], parameters: _Parameters) -> Tensor:
     """Set to -inf what min_p, top_k and top_p exclude. The most likely token always stays."""
-    device, vocab = logits.device, logits.shape[-1]
+    vocab = logits.shape[-1]
     if any(s.params.min_p > 0 for s in sequences):
-        min_p = torch.tensor([[s.params.min_p] for s in sequences], device=device)
         probs = torch.softmax(logits, dim=-1)
-        logits = logits.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), float("-inf"))
-    top_k = [k if 0 < (k := s.params.top_k) < vocab else vocab for s in sequences]
-    top_p = [s.params.top_p for s in sequences]
-    if min(top_k) == vocab and min(top_p) == 1.0:
+        logits = logits.masked_fill(probs < parameters.min_p * probs.amax(-1, keepdim=True), float("-inf"))
+    most = max(k if 0 < (k := s.params.top_k) < vocab else vocab for s in sequences)
+    cut_k = any(0 < s.params.top_k < vocab for s in sequences)
+    cut_p = any(s.params.top_p < 1.0 for s in sequences)
+    if not (cut_k or cut_p):
         return logits
-    best, ids = (
-        logits.topk(max(top_k), dim=-1) if max(top_k) < vocab else logits.sort(dim=-1, descending=True)
-    )
-    rank = torch.arange(best.shape[-1], device=device)
-    best = best.masked_fill(rank >= torch.tensor(top_k, device=device)[:, None], float("-inf"))
-    if min(top_p) < 1.0:
+    best, ids = logits.topk(most, dim=-1) if most < vocab else logits.sort(dim=-1, descending=True)
+    rank = torch.arange(best.shape[-1], device=logits.device)
+    best = best.masked_fill(rank >= parameters.top_k, float("-inf"))
+    if cut_p:
         probs = torch.softmax(best, dim=-1, dtype=torch.float64)
         before = (
             probs.cumsum(-1) - probs
         )  # mass of the better ones: a token stays while that is short of top_p
-        limit = torch.tensor(top_p, dtype=torch.float64, device=device)[:, None]
+        limit = parameters.top_p
         best = best.masked_fill((before >= limit) & (rank > 0) & (limit < 1.0), float("-inf"))
     return torch.full_like(logits, float("-inf")).scatter_(-1, ids, best)
 
 
-class _Report(NamedTuple):
-    """What is needed to report any chosen token of one row: its log-probabilities and the best ids."""
-
-    logprobs: Tensor
-    top: list[tuple[int, float]]
-
-    def of(self, token: int) -> TokenLogprobs:
-        logprob = float(self.logprobs[token])
-        rank = 1 + int((self.logprobs > logprob).sum())
-        return TokenLogprobs(token, logprob, rank, self.top)
+def _report(logprobs: Tensor, tokens: Tensor, best: int) -> Tensor:
+    """logprobs fp32 [n, vocab] and the tokens int64 [n] chosen -> fp64 [n, 2 + 2 * best], laid out as `Pending` says."""
+    chosen = logprobs.gather(1, tokens[:, None])
+    rank = 1 + (logprobs > chosen).sum(1, keepdim=True)
+    values, ids = logprobs.topk(best, dim=-1)
+    return torch.cat([part.double() for part in (chosen, rank, ids, values)], dim=1)
 
 
-def _report(
-    logits: Tensor, sequences: SequenceOf[Sequence], finite: list[bool]
-) -> list[_Report | None] | None:
-    """Reports for the rows that ask for log-probabilities; None if none does. Taken before logits are modified."""
-    wanted = [s.params.logprobs if ok else None for s, ok in zip(sequences, finite, strict=True)]
-    rows = [row for row, count in enumerate(wanted) if count is not None]
-    if not rows:
-        return None
-    logprobs = torch.log_softmax(logits[rows], dim=-1)
-    most = min(max(wanted[row] or 0 for row in rows), logits.shape[-1])
-    values, ids = (x.tolist() for x in logprobs.topk(most, dim=-1))
-    reports: list[_Report | None] = [None] * len(sequences)
-    for i, row in enumerate(rows):
-        count = min(wanted[row] or 0, most)
-        reports[row] = _Report(logprobs[i], list(zip(ids[i][:count], values[i][:count], strict=True)))
-    return reports
+def _logprobs(token: int, report: list[float], count: int) -> TokenLogprobs:
+    """A line of `_report`, of which `count` of the best were asked for."""
+    best = (len(report) - 2) // 2
+    ids, values = report[2 : 2 + count], report[2 + best : 2 + best + count]
+    return TokenLogprobs(
+        token, report[0], int(report[1]), [(int(i), v) for i, v in zip(ids, values, strict=True)]
+    )

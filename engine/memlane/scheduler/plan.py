@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
 from memlane.scheduler.sequence import Sequence
@@ -47,6 +48,17 @@ class StepPlan(NamedTuple):
             max(0, min(chunk.start + chunk.length, chunk.sequence.prompt_length) - chunk.start)
             for chunk in self.chunks
         )
+
+    def owners(self, tokens: SequenceOf[int]) -> list[Sequence]:
+        """The sequences to which these of the step's tokens belong; all of them where no token is named."""
+        wanted = set(tokens)
+        owners = []
+        begin = 0
+        for chunk in self.chunks:
+            if not wanted or not wanted.isdisjoint(range(begin, begin + chunk.length)):
+                owners.append(chunk.sequence)
+            begin += chunk.length
+        return owners
 
     def without(self, sequences: set[Sequence]) -> StepPlan:
         """The same step with these sequences left out."""

@@ -40,7 +40,9 @@ class Scheduler:
     """Decides; never computes. One thread owns it.
 
     Protocol of a step: `schedule`, then for each chunk either `commit` (its KV is written) or `finish` of its
-    sequence. A sequence leaves only through `finish`.
+    sequence. A sequence leaves only through `finish`, perhaps after `retire`. Written means that whatever is computed later finds it so: the
+    device may still have to do it. Sequences may be scheduled with their newest token expected; it must be known by the
+    time the chunk with it is committed.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Scheduler:
         self.prefix_caching = prefix_caching
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # oldest first
+        self.retired: list[Sequence] = []  # hold blocks, and do not run any more
         self._prefix_queries = self._prefix_hits = self._preemptions = 0
 
     @property
@@ -75,10 +78,16 @@ class Scheduler:
             )
         self.waiting.push(sequence)
 
+    @property
+    def preempts(self) -> bool:
+        """Whether `schedule` would have to take blocks from a sequence."""
+        wanting = sum(self._wants_block(sequence) for sequence in self.running)
+        return wanting > self.pool.available
+
     def schedule(self) -> StepPlan:
         """The next step. Single tokens first, so that a prefill cannot starve a decode; then older before younger.
 
-        Empty only if nothing is unfinished.
+        Empty only if all that is unfinished expects its last token.
         """
         planned: dict[Sequence, Chunk] = {}
         preempted = self._schedule_singles(planned)
@@ -86,7 +95,7 @@ class Scheduler:
         for sequence in self.running:
             if budget == 0:
                 break
-            if sequence not in planned:
+            if sequence not in planned and not sequence.complete:
                 budget -= self._plan(planned, sequence, budget)
         if not preempted and self.waiting:
             self._admit(planned, budget)
@@ -97,6 +106,7 @@ class Scheduler:
         sequence = chunk.sequence
         before = sequence.computed
         sequence.computed = before + chunk.length
+        assert sequence.token_ids[sequence.computed - 1] >= 0, f"{sequence}: a placeholder counts as computed"
         sequence.prompt_tokens_computed += max(0, min(sequence.computed, sequence.prompt_length) - before)
         full = sequence.computed // self.block_size
         if self.prefix_caching and sequence.share_prefix and full > before // self.block_size:
@@ -104,15 +114,20 @@ class Scheduler:
             for index in range(before // self.block_size, full):
                 self.pool.prefix.insert(sequence.hashes[index], sequence.blocks[index])
 
+    def retire(self, sequence: Sequence) -> None:
+        """Schedule a running sequence no more; its blocks are its own until `finish`."""
+        self.running.remove(sequence)
+        self.retired.append(sequence)
+
     def finish(self, sequence: Sequence, *, discard: bool = False) -> list[int]:
-        """Forget a sequence, running or waiting. discard: nothing it used may stay in the prefix cache.
+        """Forget a sequence, running, waiting or retired. discard: nothing it used may stay in the prefix cache.
 
         Returns the blocks whose content is worthless now.
         """
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         else:
-            self.running.remove(sequence)
+            (self.retired if sequence in self.retired else self.running).remove(sequence)
         if discard:
             self.pool.withdraw(sequence.blocks)
         freed = self.pool.release(sequence.blocks)
@@ -133,7 +148,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raises AssertionError if books and sequences disagree. Holds between any two calls."""
-        self.pool.check_integrity([sequence.blocks for sequence in self.running])
+        self.pool.check_integrity([sequence.blocks for sequence in [*self.running, *self.retired]])
         assert len(self.running) <= self.max_num_seqs, "more sequences run than may"
         for sequence in self.running:
             assert sequence.remaining > 0, f"{sequence} has nothing left to compute"
@@ -151,9 +166,9 @@ class Scheduler:
         while position < len(self.running) and len(planned) < self.max_num_batched_tokens:
             sequence = self.running[position]
             position += 1
-            if sequence.remaining != 1:
+            if not self._is_single(sequence):
                 continue
-            if len(sequence.blocks) * self.block_size <= sequence.computed:
+            if self._wants_block(sequence):
                 while self.pool.available == 0 and self.running[-1] is not sequence:
                     self._preempt(self.running[-1])
                     preempted = True
@@ -163,6 +178,15 @@ class Scheduler:
                 sequence.blocks += self.pool.allocate(1)
             self._plan(planned, sequence, 1)
         return preempted
+
+    @staticmethod
+    def _is_single(sequence: Sequence) -> bool:
+        return sequence.remaining == 1 and not sequence.complete
+
+    def _wants_block(self, sequence: Sequence) -> bool:
+        """Whether it is to compute a single token, and there is no block for that."""
+        full = len(sequence.blocks) * self.block_size <= sequence.computed
+        return full and self._is_single(sequence)
 
     def _preempt(self, victim: Sequence) -> None:
         """Take the youngest sequence's blocks; it will be computed again. Published ones stay cached for that."""

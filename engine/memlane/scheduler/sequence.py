@@ -27,6 +27,9 @@ class Sequence:
 
     A preempted sequence gives up its blocks (`computed` falls to 0) and nothing else: its generated tokens stay,
     and since sampling is a function of (seed, output position) there is no other state to lose.
+
+    Between `expect` and `append` the last of token_ids is a placeholder: the device has been told to sample that token,
+    and what comes after it may be planned, but which one it is the host does not know.
     """
 
     def __init__(
@@ -72,8 +75,25 @@ class Sequence:
     def output_length(self) -> int:
         return len(self.token_ids) - self.prompt_length
 
+    @property
+    def expects(self) -> bool:
+        """Whether the last token is a placeholder."""
+        return self.token_ids[-1] < 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether no token comes after the last one, known or expected, because of its length."""
+        return len(self.token_ids) >= self.max_length
+
+    def expect(self, row: int) -> None:
+        """The next token is being sampled, as number `row` of the tokens of its step: -(row + 1) stands for it."""
+        assert not self.expects, "one token at a time is sampled"
+        self.token_ids.append(-(row + 1))
+
     def append(self, token: int) -> Finish | None:
-        """Add a sampled token; says whether it was the last one."""
+        """Add a sampled token, in place of the one expected if there is one; says whether it was the last."""
+        if self.expects:
+            self.token_ids.pop()
         self.token_ids.append(token)
         if self.first_token is None:
             self.first_token = time.perf_counter()
@@ -81,7 +101,7 @@ class Sequence:
             return Finish(FinishReason.STOP, token)
         if token in self.eos_ids:
             return Finish(FinishReason.STOP)
-        if len(self.token_ids) >= self.max_length:
+        if self.complete:
             return Finish(FinishReason.LENGTH)
         return None
 
