@@ -12,7 +12,8 @@ import torch
 from memlane.config import EngineConfig, parse_bytes
 from memlane.errors import ConfigError
 from memlane.models import ModelConfig
-from memlane.runner import KVCache
+from memlane.runner import AttentionBackend, KVCache, choose_backend
+from memlane.runner.attention import DEFAULT_BLOCK_SIZE
 from memlane.tables import Placement
 
 __all__ = ["Choices", "KVSize", "available_memory"]
@@ -45,6 +46,7 @@ class Choices:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
+        self.block_size = config.block_size or DEFAULT_BLOCK_SIZE  # tokens; see `attention`
         self.lines: list[str] = []
 
     def note(self, line: str) -> None:
@@ -79,6 +81,13 @@ class Choices:
         self.note(f"dtype: bfloat16 (on {device})")
         return "bfloat16"
 
+    def attention(self, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
+        """What computes attention. Settles block_size too. Raises ConfigError if what is asked for cannot be had."""
+        c = self.config
+        chosen = choose_backend(c.attention_backend, model, dtype, device, self.note, c.block_size)
+        self.block_size = c.block_size or chosen.block_size or DEFAULT_BLOCK_SIZE
+        return chosen
+
     def cache_bytes(self, table_bytes: int) -> int:
         """Bytes of the row cache, all tables together."""
         return parse_bytes(self.config.row_cache, whole=table_bytes, option="row_cache")
@@ -95,13 +104,13 @@ class Choices:
                 "that the model was made for"
             )
         wanted = c.max_model_len or model.max_position_embeddings
-        block_bytes = KVCache.block_bytes(model, c.block_size, dtype)
-        a_sequence = -(-wanted // c.block_size)
+        block_bytes = KVCache.block_bytes(model, self.block_size, dtype)
+        a_sequence = -(-wanted // self.block_size)
         if c.kv_cache == "auto":
             limit = min(_KV_AUTO_LIMIT, available // 4 if available is not None else _KV_AUTO_LIMIT)
             blocks = min(c.max_num_seqs * a_sequence, limit // block_bytes)
             self.note(
-                f"kv_cache: {_size(blocks * block_bytes)}, {blocks * c.block_size} tokens "
+                f"kv_cache: {_size(blocks * block_bytes)}, {blocks * self.block_size} tokens "
                 f"({c.max_num_seqs} sequences of {wanted} tokens, to {_size(limit)})"
             )
         else:
@@ -113,15 +122,15 @@ class Choices:
             blocks = asked // block_bytes
         if blocks >= a_sequence:
             return KVSize(blocks, wanted)
-        if c.max_model_len is not None or blocks * c.block_size < 2:
+        if c.max_model_len is not None or blocks * self.block_size < 2:
             raise ConfigError(
-                f"kv_cache: {_size(blocks * block_bytes)} hold {blocks * c.block_size} tokens, fewer than one "
+                f"kv_cache: {_size(blocks * block_bytes)} hold {blocks * self.block_size} tokens, fewer than one "
                 f"sequence of {wanted}; give it {_size_that_holds(a_sequence * block_bytes)} or lower max_model_len"
             )
         self.note(
-            f"max_model_len: {blocks * c.block_size} (all that the KV cache holds; the model has {wanted})"
+            f"max_model_len: {blocks * self.block_size} (all that the KV cache holds; the model has {wanted})"
         )
-        return KVSize(blocks, blocks * c.block_size)
+        return KVSize(blocks, blocks * self.block_size)
 
 
 def available_memory() -> int | None:

@@ -102,7 +102,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             description="memory for the KV cache: bytes (1GiB), or auto: what max_num_seqs can fill, to 1GiB in RAM"
         ),
     ] = "auto"
-    block_size: Annotated[_PositiveInt, Help(description="tokens in one KV block")] = 16
+    block_size: Annotated[
+        _PositiveInt | None,
+        Help(description="tokens in one KV block [16, or what attention on the GPU wants]"),
+    ] = None
     prefix_caching: Annotated[bool, Help(description="reuse KV blocks of equal prompt beginnings")] = True
     threads: Annotated[_PositiveInt | None, Help(description="CPU threads for computing [all cores]")] = None
     seed: Annotated[

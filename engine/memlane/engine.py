@@ -58,19 +58,20 @@ class Engine:
         self.config = config
         self.device = self.model.transformer.embed.weight.device
         dtype = self.model.transformer.embed.weight.dtype
+        attention = choices.attention(self.model.config, dtype, self.device)
         kv = choices.kv_size(self.model.config, dtype, available_memory())
         self.max_model_len = kv.max_model_len
         self.choices = choices.lines
         self.scheduler = Scheduler(
             blocks=kv.blocks,
-            block_size=config.block_size,
+            block_size=choices.block_size,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             prefix_caching=config.prefix_caching,
         )
-        cache = KVCache(self.model.config, kv.blocks, config.block_size, dtype, self.device)
+        cache = KVCache(self.model.config, kv.blocks, choices.block_size, dtype, self.device)
         self.decode_split = DecodeSplit(self._stall_seconds)
-        self.runner = Runner(self.model.transformer, cache, self.decode_split.wanted)
+        self.runner = Runner(self.model.transformer, cache, self.decode_split.wanted, attention)
         self.sequences: dict[str, Sequence] = {}  # accepted and not ended
         self._outbox: list[TokenDelta] = []  # of the step under way: survives an exception in its middle
         self.steps = self.last_step_tokens = 0

@@ -189,7 +189,7 @@ def _table(name: str, rows: int, width: int, row_format: str) -> TableSize:
 
 
 def _kv(checkpoint: Checkpoint, choices: Choices, dtype: torch.dtype, memory: int) -> KVUse:
-    block_size = choices.config.block_size
+    block_size = choices.block_size
     block = KVCache.block_bytes(checkpoint.config, block_size, dtype)
     size = choices.kv_size(checkpoint.config, dtype, memory)
     return KVUse(

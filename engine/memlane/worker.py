@@ -104,7 +104,7 @@ class Worker:
             vocab_size=engine.model.config.vocab_size,
             max_model_len=engine.max_model_len,
             kv_blocks=stats.kv_blocks_total,
-            block_size=engine.config.block_size,
+            block_size=engine.scheduler.block_size,
             choices=engine.choices,
             resident_bytes=stats.resident_bytes,
         )

@@ -36,7 +36,7 @@ def kv_size(available: int | None = None, **options: Any) -> KVSize:
 def test_a_block_takes_what_its_tensors_take() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         cache = KVCache(tiny.CONFIG, 3, 16, dtype)
-        assert cache.nbytes == 3 * KVCache.block_bytes(tiny.CONFIG, 16, dtype)
+        assert cache.nbytes == (3 + 1) * KVCache.block_bytes(tiny.CONFIG, 16, dtype)  # and the sink
 
 
 @pytest.mark.parametrize(

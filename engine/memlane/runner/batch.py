@@ -13,34 +13,27 @@ __all__ = ["Batch", "Prefill", "make_batch"]
 
 
 class Prefill(NamedTuple):
-    """A chunk of several tokens: flat tokens begin … end - 1, of a sequence that has `start` computed before them.
-
-    table: int64 [1, m], the blocks that hold positions 0 … start + (end - begin) - 1; None if start is 0, when all
-    there is to attend to is in the chunk.
-    """
+    """A chunk of several tokens: flat tokens begin … end - 1, of a sequence that has `start` computed before them."""
 
     begin: int
     end: int
     start: int
-    table: Tensor | None
 
 
 class Batch(NamedTuple):
-    """Tensors of a step; T tokens in plan order, the first `singles` of them alone in their chunks.
+    """A step of T tokens in plan order; the first `singles` of its chunks are of one token each, then come `prefills`.
 
-    token_ids, positions, slots: int64 [T]. tables: int64 [singles, m], each padded with its own last block: padding is
-    masked, but a NaN shows through a mask, and another sequence's block may hold one. lengths: int64 [singles],
-    positions each single token sees, its own included.
+    token_ids, positions, slots: int64 [T], on the device. lengths, blocks: for each chunk, on the host, the positions
+    that its last token sees, its own included, and the blocks that hold them.
     """
 
     token_ids: Tensor
     positions: Tensor
     slots: Tensor
     singles: int
-    tables: Tensor
-    lengths: Tensor
-    longest: int
     prefills: list[Prefill]
+    lengths: list[int]
+    blocks: list[list[int]]
 
 
 def make_batch(plan: StepPlan, block_size: int, device: torch.device | str = "cpu") -> Batch:
@@ -48,7 +41,8 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device | str = "cp
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    tables: list[list[int]] = []
+    lengths: list[int] = []
+    blocks: list[list[int]] = []
     prefills: list[Prefill] = []
     for chunk in plan.chunks[: plan.singles]:
         sequence, position = chunk.sequence, chunk.start
@@ -56,9 +50,8 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device | str = "cp
         token_ids.append(sequence.token_ids[position])
         positions.append(position)
         slots.append(sequence.blocks[block] * block_size + position % block_size)
-        tables.append(sequence.blocks[: block + 1])
-    longest = max(positions, default=-1) + 1
-    lengths = [position + 1 for position in positions]
+        lengths.append(position + 1)
+        blocks.append(sequence.blocks[: block + 1])
     for chunk in plan.chunks[plan.singles :]:
         sequence, begin, stop = chunk.sequence, len(token_ids), chunk.start + chunk.length
         token_ids += sequence.token_ids[chunk.start : stop]
@@ -66,26 +59,16 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device | str = "cp
         slots += [
             sequence.blocks[p // block_size] * block_size + p % block_size for p in range(chunk.start, stop)
         ]
-        table = sequence.blocks[: -(-stop // block_size)]
-        prefills.append(
-            Prefill(
-                begin,
-                len(token_ids),
-                chunk.start,
-                torch.tensor([table], device=device) if chunk.start else None,
-            )
-        )
-    widest = max(map(len, tables), default=0)
+        lengths.append(stop)
+        blocks.append(sequence.blocks[: -(-stop // block_size)])
+        prefills.append(Prefill(begin, len(token_ids), chunk.start))
     flat = torch.tensor([token_ids, positions, slots], dtype=torch.int64, device=device)
     return Batch(
         token_ids=flat[0],
         positions=flat[1],
         slots=flat[2],
         singles=plan.singles,
-        tables=torch.tensor(
-            [table + table[-1:] * (widest - len(table)) for table in tables], dtype=torch.int64, device=device
-        ),
-        lengths=torch.tensor(lengths, dtype=torch.int64, device=device),
-        longest=longest,
         prefills=prefills,
+        lengths=lengths,
+        blocks=blocks,
     )

@@ -6,6 +6,9 @@ a token is written, and a block is gathered, in one piece.
     block 0            block 1
     | K0 K1 V0 V1 |    | K0 K1 V0 V1 |     slot = block * block_size + offset
     | K0 K1 V0 V1 |    | ...                names one line
+
+After the blocks that sequences get lies one more, the sink: rows that only fill up a batch of fixed size write there,
+and nobody reads it.
 """
 
 from __future__ import annotations
@@ -31,10 +34,10 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.blocks, self.block_size = blocks, block_size
+        self.blocks, self.block_size, self.dtype = blocks, block_size, dtype
         self.layers = [
             torch.zeros(
-                blocks, block_size, 2 * config.num_kv_heads, config.head_dim, dtype=dtype, device=device
+                blocks + 1, block_size, 2 * config.num_kv_heads, config.head_dim, dtype=dtype, device=device
             )
             for _ in range(config.num_layers)
         ]
@@ -43,6 +46,11 @@ class KVCache:
     def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
         """Bytes that one block takes in all layers together."""
         return config.num_layers * block_size * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+    @property
+    def sink(self) -> int:
+        """The slot that may be written by any number of tokens at once, and is never read."""
+        return self.blocks * self.block_size
 
     @property
     def nbytes(self) -> int:
@@ -57,6 +65,11 @@ class KVCache:
         n, m = tables.shape
         kv = self.layers[layer].index_select(0, tables.flatten())
         k, v = kv.view(n, m * self.block_size, -1, kv.shape[-1]).transpose(1, 2).chunk(2, dim=1)
+        return k, v
+
+    def views(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of all blocks, each [blocks + 1, block_size, kv_heads, head_dim], with equal strides."""
+        k, v = self.layers[layer].chunk(2, dim=2)
         return k, v
 
     def clear(self, blocks: Sequence[int]) -> None:

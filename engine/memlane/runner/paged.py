@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from memlane.runner.batch import Batch, Prefill
 from memlane.runner.kv import KVCache
 
-__all__ = ["PagedAttention"]
+__all__ = ["PagedAttention", "attend_singles", "seen_mask"]
 
 
 class PagedAttention:
@@ -23,12 +25,17 @@ class PagedAttention:
 
     def __init__(self, cache: KVCache, batch: Batch) -> None:
         self.cache, self.batch = cache, batch
+        self._device = batch.slots.device
+        singles = batch.singles
+        self._longest = max(batch.lengths[:singles], default=0)
+        self._tables = self._tensor(_padded(batch.blocks[:singles]))
         self._mask: Tensor | None = None
-        if batch.singles > 1:
-            seen = torch.arange(batch.longest, device=batch.lengths.device) < batch.lengths[:, None]
-            self._mask = self._hiding(~seen)[:, None, None, :]
-        self._prefill_masks = [
-            None if prefill.table is None else self._prefill_mask(prefill) for prefill in batch.prefills
+        if singles > 1:
+            self._mask = seen_mask(self._tensor(batch.lengths[:singles]), self._longest, cache.dtype)
+        # A chunk that begins its sequence has nothing but itself to attend to.
+        self._prefills = [
+            _Prefix(self._tensor([blocks]), self._prefill_mask(prefill)) if prefill.start else None
+            for prefill, blocks in zip(batch.prefills, batch.blocks[singles:], strict=True)
         ]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -37,33 +44,26 @@ class PagedAttention:
         if not self.batch.prefills:
             return self._singles(layer, q)
         parts = [self._singles(layer, q[: self.batch.singles])] if self.batch.singles else []
-        for prefill, mask in zip(self.batch.prefills, self._prefill_masks, strict=True):
+        for prefill, prefix in zip(self.batch.prefills, self._prefills, strict=True):
             part = slice(prefill.begin, prefill.end)
-            if prefill.table is None or mask is None:
+            if prefix is None:
                 parts.append(_attend(q[part], k[part], v[part]))
             else:
-                parts.append(self._prefill(layer, q[part], prefill.table, mask))
+                parts.append(self._prefill(layer, q[part], prefix))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _singles(self, layer: int, q: Tensor) -> Tensor:
-        """q [n, H, hd]. The query heads that share a KV head take the place of query positions."""
-        n, heads, head_dim = q.shape
-        k, v = self.cache.gather(layer, self.batch.tables)
-        longest = self.batch.longest
-        out = F.scaled_dot_product_attention(
-            q.view(n, k.shape[1], -1, head_dim), k[:, :, :longest], v[:, :, :longest], attn_mask=self._mask
-        )
-        return out.reshape(n, heads, head_dim)
+        return attend_singles(self.cache, layer, q, self._tables, self._longest, self._mask)
 
-    def _prefill(self, layer: int, q: Tensor, table: Tensor, mask: Tensor) -> Tensor:
-        """q [n, H, hd] over the positions of a sequence up to its own, which lie in the blocks of `table`."""
-        length = mask.shape[1]
-        k, v = self.cache.gather(layer, table)
+    def _prefill(self, layer: int, q: Tensor, prefix: _Prefix) -> Tensor:
+        """q [n, H, hd] over the positions of a sequence up to its own."""
+        length = prefix.mask.shape[1]
+        k, v = self.cache.gather(layer, prefix.table)
         out = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None],
             k[:, :, :length],
             v[:, :, :length],
-            attn_mask=mask,
+            attn_mask=prefix.mask,
             enable_gqa=q.shape[1] != k.shape[1],
         )
         return out[0].transpose(0, 1)
@@ -71,13 +71,52 @@ class PagedAttention:
     def _prefill_mask(self, prefill: Prefill) -> Tensor:
         """[n, start + n]: key j is seen by query i, which is at position start + i, if j <= start + i."""
         n = prefill.end - prefill.begin
-        hidden = torch.ones(n, prefill.start + n, dtype=torch.bool, device=self.batch.slots.device)
-        return self._hiding(hidden.triu_(prefill.start + 1))
+        hidden = torch.ones(n, prefill.start + n, dtype=torch.bool, device=self._device)
+        return _hiding(hidden.triu_(prefill.start + 1), self.cache.dtype)
 
-    def _hiding(self, hidden: Tensor) -> Tensor:
-        """0 where a key is seen, -inf where it is hidden, in the dtype of keys and queries."""
-        zeros = torch.zeros(hidden.shape, dtype=self.cache.layers[0].dtype, device=hidden.device)
-        return zeros.masked_fill_(hidden, float("-inf"))
+    def _tensor(self, numbers: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self._device)
+
+
+class _Prefix(NamedTuple):
+    """What a chunk needs that attends to earlier ones: blocks int64 [1, m], and a mask [n, start + n]."""
+
+    table: Tensor
+    mask: Tensor
+
+
+def attend_singles(
+    cache: KVCache, layer: int, q: Tensor, tables: Tensor, longest: int, mask: Tensor | None
+) -> Tensor:
+    """q [n, H, hd], one token a sequence, over the first `longest` positions of blocks [n, m] -> [n, H, hd].
+
+    mask: as `seen_mask` makes it. The query heads that share a KV head take the place of query positions.
+    """
+    n, heads, head_dim = q.shape
+    k, v = cache.gather(layer, tables)
+    out = F.scaled_dot_product_attention(
+        q.view(n, k.shape[1], -1, head_dim), k[:, :, :longest], v[:, :, :longest], attn_mask=mask
+    )
+    return out.reshape(n, heads, head_dim)
+
+
+def seen_mask(lengths: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
+    """[n, 1, 1, longest]: a sequence sees as many positions as `lengths` [n] says."""
+    hidden = torch.arange(longest, device=lengths.device) >= lengths[:, None]
+    return _hiding(hidden, dtype)[:, None, None, :]
+
+
+def _hiding(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a key is seen, -inf where it is hidden, in the dtype of keys and queries."""
+    zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return zeros.masked_fill_(hidden, float("-inf"))
+
+
+def _padded(tables: list[list[int]]) -> list[list[int]]:
+    """All of one length, each padded with its own last block: padding is masked, but a NaN shows through a mask, and
+    another sequence's block may hold one."""
+    widest = max(map(len, tables), default=0)
+    return [table + table[-1:] * (widest - len(table)) for table in tables]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor
 from memlane.models import Transformer
 from memlane.models.pieces import Pieces, finish
 from memlane.runner import halves
+from memlane.runner.attention import AttentionBackend, SdpaBackend
 from memlane.runner.batch import make_batch
 from memlane.runner.kv import KVCache
-from memlane.runner.paged import PagedAttention
 from memlane.scheduler import StepPlan
 from memlane.tables import RowReadError
 
@@ -28,12 +28,18 @@ class Runner:
     """A model and its KV cache. Holds nothing of any request between steps but what lies in KV blocks."""
 
     def __init__(
-        self, transformer: Transformer, kv: KVCache, split_decode: Callable[[int], bool] = _never
+        self,
+        transformer: Transformer,
+        kv: KVCache,
+        split_decode: Callable[[int], bool] = _never,
+        attention: AttentionBackend | None = None,
     ) -> None:
-        """split_decode: whether a step of so many single tokens, and nothing else, is to run as two halves."""
+        """split_decode: whether a step of so many single tokens, and nothing else, is to run as two halves.
+        attention: what computes it (SdpaBackend)."""
         self.transformer, self.kv = transformer, kv
         self.device = kv.layers[0].device
         self.split_decode = split_decode
+        self.attention = attention or SdpaBackend()
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, *, all_logits: bool = False) -> Tensor:
@@ -77,7 +83,7 @@ class Runner:
         try:
             return (
                 yield from self.transformer.run(
-                    batch.token_ids, batch.positions, PagedAttention(self.kv, batch)
+                    batch.token_ids, batch.positions, self.attention.attention(self.kv, batch)
                 )
             )
         except RowReadError as error:
