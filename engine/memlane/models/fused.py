@@ -90,7 +90,7 @@ class _Compiled:
 
     def __init__(self, function: Callable[..., Any], tokenwise: int, backend: str) -> None:
         self._tokenwise = tokenwise
-        tuned = {"coordinate_descent_tuning": True} if backend == "inductor" else None
+        tuned: dict[str, Any] | None = {"coordinate_descent_tuning": True} if backend == "inductor" else None
         self._single = torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=tuned)
         self._many = torch.compile(function, fullgraph=True, backend=backend)
 

@@ -15,6 +15,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -139,7 +140,7 @@ class DecodeGraphs:
         if key not in self._sets:
             batch = self.batches.batch(*key)
             cuts = [0, key.rows // 2, key.rows] if self.halves and key.rows >= MIN_HALVES else [0, key.rows]
-            spans = list(zip(cuts, cuts[1:], strict=False))
+            spans = list(pairwise(cuts))
             static = [batch] if len(spans) == 1 else [_rows(batch, *span) for span in spans]
             parts = []
             for (begin, _), rows in zip(spans, static, strict=True):

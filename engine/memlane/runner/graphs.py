@@ -49,7 +49,7 @@ class CudaCapture:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         # The same for all: libraries keep a workspace for each stream, and the pool one for each stream, too.
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._nbytes = 0
 
     @property
