@@ -21,6 +21,7 @@ from memlane.launch import Launch
 from memlane.models.loading import LoadedModel, TableOptions, load_model, table_bytes
 from memlane.request import Failure, FinishReason, SamplingParams, TokenDelta, TokenLogprobs
 from memlane.runner import DecodeSplit, KVCache, Runner
+from memlane.runner.graphs import CudaCapture
 from memlane.runner.random_numbers import derive_seed
 from memlane.scheduler import Scheduler, Sequence, StepPlan
 from memlane.tables import RowReadError
@@ -67,6 +68,13 @@ class Engine:
         cache = KVCache(self.model.config, kv.blocks, choices.block_size, dtype, self.device)
         self.decode_split = DecodeSplit(self._stall_seconds)
         self.runner = Runner(self.model.transformer, cache, self.decode_split.wanted, attention)
+        if self.device.type == "cuda":
+            self.model.transformer.fuse()
+            on_disk = any(table.placement == "disk" for table in self.model.tables.values())
+            capture = CudaCapture(self.device) if config.cuda_graphs else None
+            self.runner.pad_decodes(
+                config.max_num_seqs, kv.max_model_len, capture, cut=on_disk, halves=on_disk
+            )
         self.sequences: dict[str, Sequence] = {}  # accepted and not ended
         self._outbox: list[TokenDelta] = []  # of the step under way: survives an exception in its middle
         self.lookahead = config.async_scheduling and self.device.type == "cuda"

@@ -38,7 +38,7 @@ class TrainingMemoryLayer(MemoryLayer):
     def begin(self, x: Tensor) -> AtHand:
         query = self.query(x).view(x.shape[0], self.config.num_heads, 2, -1)
         bag = ProductKeyRead.apply(query, self.keys, self._tables[0], self.config.knn)
-        return AtHand(self._project(bag, x))
+        return AtHand(self._project(bag, self.prepare(x).swilu, x.dtype))
 
 
 class TrainingLinear(nn.Linear):

@@ -54,6 +54,9 @@ class SlowLookup:
         self._end()
         return self._table.table.dot(self._ids, x)
 
+    def fetch(self) -> None:
+        pass
+
     def close(self) -> None:
         if self in self._table.open:
             self._table.open.remove(self)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from memlane.native import kernel_variant, matvec
 
-__all__ = ["FeedForward", "Linear", "RMSNorm", "Rope", "linear", "rope_at", "rotate"]
+__all__ = ["FeedForward", "Linear", "RMSNorm", "Rope", "linear", "rms_norm", "rope_at", "rotate"]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -25,7 +25,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
     )
-    if not ours or torch.is_grad_enabled() or kernel_variant() == "scalar":
+    if not ours or torch.compiler.is_compiling() or torch.is_grad_enabled() or kernel_variant() == "scalar":
         return F.linear(x, weight, bias)
     out = torch.empty(1, len(weight))
     matvec(weight.detach().numpy(), x.contiguous().view(-1).numpy(), out.view(-1).numpy())
@@ -39,8 +39,13 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-class RMSNorm(nn.Module):
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """x * rsqrt(mean(x ** 2) + eps) * gain, computed in fp32 with one rounding to x's dtype at the end."""
+    return F.rms_norm(x.float(), (x.shape[-1],), gain.float(), eps).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a gain of its own."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -48,7 +53,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class FeedForward(nn.Module):

@@ -4,8 +4,8 @@
                                                                                               │
        out = gate(x) * value_proj( silu(swilu(x)) * table.weighted_sum(ids, weights) )  ◄─────┘
 
-It works in two steps, so that something else can be computed while rows are read: `begin` chooses the rows and asks
-the table for them, `finish` sums them.
+It works in two steps, so that something else can be computed while rows are read: `begin` chooses the rows, asks the
+table for them and computes what needs none of them (silu, gate), `finish` sums them.
 
 Weights are a softmax over the K rows of each head; heads add up, and a row chosen by two heads counts twice.
 Sources: "Memory Layers at Scale" (Berges et al. 2024) for Memory+; "Mixture of A Million Experts" (He 2024) for PEER.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from memlane.models.layers import Linear, linear
 from memlane.models.product_keys import Selection, search
 from memlane.tables.protocol import Lookup, Table
 
-__all__ = ["MemoryLayer", "Pending", "PendingMemory"]
+__all__ = ["MemoryLayer", "Pending", "PendingMemory", "Prepared"]
 
 
 class Pending(Protocol):
@@ -41,16 +41,22 @@ class Pending(Protocol):
     def close(self) -> None: ...
 
 
+class Prepared(NamedTuple):
+    """The factors of a layer's output that need no rows, where it has them: silu(swilu(x)) [T, width] and sigmoid [T, 1]."""
+
+    swilu: Tensor | None
+    gate: Tensor | None
+
+
 class PendingMemory:
     """A memory layer whose rows are on their way."""
 
     def __init__(
-        self, layer: MemoryLayer, x: Tensor, weights: Tensor, lookups: Sequence[Lookup], opened: ExitStack
+        self, layer: MemoryLayer, x: Tensor, prepared: Prepared, weights: Tensor, lookups: Sequence[Lookup]
     ) -> None:
-        """Use MemoryLayer.begin. x [T, D], weights fp32 [T, H*K], a lookup of the same rows in each table; `opened`
-        closes them."""
-        self._layer, self._x, self._weights, self._lookups = layer, x, weights, lookups
-        self._opened = opened
+        """Use MemoryLayer.begin. x [T, D], weights fp32 [T, H*K], a lookup of the same rows in each table."""
+        self._layer, self._x, self._prepared = layer, x, prepared
+        self._weights, self._lookups = weights, lookups
 
     def fetch(self) -> None:
         for lookup in self._lookups:
@@ -59,12 +65,14 @@ class PendingMemory:
     def finish(self) -> Tensor:
         """Wait for the rows -> [T, D], in x's dtype. Raises RowReadError if a row could not be read."""
         try:
-            return self._layer.combine(self._x, self._weights, self._lookups)
+            return self._layer.combine(self._x, self._prepared, self._weights, self._lookups)
         finally:
             self.close()
 
     def close(self) -> None:
-        self._opened.close()
+        with ExitStack() as closing_all:  # the others, even if one fails
+            for lookup in self._lookups:
+                closing_all.callback(lookup.close)
 
 
 class MemoryLayer(nn.Module):
@@ -96,17 +104,26 @@ class MemoryLayer(nn.Module):
         ids, weights = self.choose(x)
         with ExitStack() as opened:
             lookups = [opened.enter_context(closing(table.begin(ids))) for table in self._tables]
-            return PendingMemory(self, x, weights, lookups, opened.pop_all())
+            pending = PendingMemory(self, x, self.prepare(x), weights, lookups)
+            opened.pop_all()
+            return pending
 
-    def combine(self, x: Tensor, weights: Tensor, lookups: Sequence[Lookup]) -> Tensor:
+    def prepare(self, x: Tensor) -> Prepared:
+        """What of the output needs no rows, for x [T, D]; in x's dtype."""
+        return Prepared(
+            None if self.swilu is None else F.silu(self.swilu(x)),
+            None if self.gate is None else torch.sigmoid(self.gate(x)),
+        )
+
+    def combine(self, x: Tensor, prepared: Prepared, weights: Tensor, lookups: Sequence[Lookup]) -> Tensor:
         """The second step: x [T, D], weights fp32 [T, H*K] and the rows they belong to -> [T, D]. Ends the lookups."""
         if self.config.kind == "peer":
             experts_in, experts_out = lookups
             activation = F.gelu(experts_in.dot(x.float())) * weights
             out = experts_out.weighted_sum(activation).to(x.dtype)
         else:
-            out = self._project(lookups[0].weighted_sum(weights), x)
-        return out if self.gate is None else out * torch.sigmoid(self.gate(x))
+            out = self._project(lookups[0].weighted_sum(weights), prepared.swilu, x.dtype)
+        return out if prepared.gate is None else out * prepared.gate
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, D] -> the ids int64 and softmax weights fp32 of the rows to read, both [T, H*K], heads one after another."""
@@ -122,11 +139,11 @@ class MemoryLayer(nn.Module):
         query = query.view(-1, self.config.num_heads, 2, self.config.key_dim // 2)
         return search(query, self.keys, self.config.knn)
 
-    def _project(self, bag: Tensor, x: Tensor) -> Tensor:
-        """bag fp32 [T, width] -> [T, D] in x's dtype; the product with silu is rounded once."""
-        if self.swilu is not None:
-            bag = bag * F.silu(self.swilu(x))
-        out = bag.to(x.dtype)
+    def _project(self, bag: Tensor, swilu: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """bag fp32 [T, width], swilu [T, width] -> [T, D] in that dtype; the product with silu is rounded once."""
+        if swilu is not None:
+            bag = bag * swilu
+        out = bag.to(dtype)
         return out if self.value_proj is None else self.value_proj(out)
 
     def _check_tables(self) -> None:

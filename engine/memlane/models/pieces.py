@@ -16,6 +16,9 @@ class Waiting(Protocol):
     def fetch(self) -> None:
         """As `Lookup.fetch`. Going on calls it where that is needed, except from within a replayed graph."""
 
+    def close(self) -> None:
+        """As `Lookup.close`."""
+
 
 Pieces = Generator[Waiting, None, Tensor]
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping
 from contextlib import closing
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from memlane.models.attention import Attention
 from memlane.models.config import ModelConfig
+from memlane.models.fused import Fused
 from memlane.models.layers import FeedForward, Linear, RMSNorm, Rope, linear, rope_at, rotate
 from memlane.models.memory import MemoryLayer
 from memlane.models.pieces import Pieces, finish
 from memlane.tables import Table
 
 __all__ = ["Block", "SelfAttention", "Transformer"]
+
+logger = logging.getLogger(__name__)
 
 
 class SelfAttention(nn.Module):
@@ -36,6 +43,13 @@ class SelfAttention(nn.Module):
         return out
 
 
+class Dense(NamedTuple):
+    """A block's dense part: what goes on [T, D], and what its memory layer gets, None where it has none and is done."""
+
+    x: Tensor
+    normed: Tensor | None
+
+
 class Block(nn.Module):
     """h = x + attn(attn_norm(x)); out = h + mlp(ffn_norm(h)), where mlp is `ffn` or `memory`, one of the two."""
 
@@ -53,17 +67,35 @@ class Block(nn.Module):
         else:
             self.ffn = FeedForward(config.hidden_size, config.intermediate_size)
 
-    def run(self, x: Tensor, rope: Rope, attention: Attention) -> Pieces:
-        """x [T, D] -> [T, D]. Stops once if it has a memory layer: its rows are asked for, and not yet needed."""
-        x = x + self.attn(self.attn_norm(x), self.layer, rope, attention)
-        normed = self.ffn_norm(x)
-        if self.memory is None:
-            assert self.ffn is not None
-            out: Tensor = x + self.ffn(normed)
-            return out
+    def run(self, x: Tensor, rope: Rope, attention: Attention, fused: Fused | None = None) -> Pieces:
+        """x [T, D] -> [T, D]. Stops once if it has a memory layer: its rows are asked for, and not yet needed.
+
+        fused: computes the dense parts, in place of the modules, which are its twin.
+        """
+        dense = self.plain if fused is None else partial(self.fused, fused)
+        x, normed = dense(x, rope, attention)
+        if normed is None:
+            return x
+        assert self.memory is not None
         with closing(self.memory.begin(normed)) as pending:
             yield pending
             return x + pending.finish()
+
+    def plain(self, x: Tensor, rope: Rope, attention: Attention) -> Dense:
+        """The dense part, by modules."""
+        x = x + self.attn(self.attn_norm(x), self.layer, rope, attention)
+        normed = self.ffn_norm(x)
+        return Dense(x, normed) if self.ffn is None else Dense(x + self.ffn(normed), None)
+
+    def fused(self, by: Fused, x: Tensor, rope: Rope, attention: Attention) -> Dense:
+        """The dense part, by functions that are compiled."""
+        heads = by.project(x, rope, self.attn_norm.weight, self.attn.wqkv.weight)
+        attended = attention(self.layer, *heads)
+        wo, gain = self.attn.wo.weight, self.ffn_norm.weight
+        if self.ffn is None:
+            return Dense(*by.add_attention(x, attended, wo, gain))
+        up, down = self.ffn.w_gate_up.weight, self.ffn.w_down.weight
+        return Dense(by.feed_forward(x, attended, wo, gain, up, down), None)
 
 
 class Transformer(nn.Module):
@@ -82,6 +114,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size, _weight=vectors)
         self.layers = nn.ModuleList(Block(config, i, tables or {}) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.fused: Fused | None = None  # see `fuse`
         self.lm_head = (
             None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         )
@@ -98,18 +131,51 @@ class Transformer(nn.Module):
         Whoever drives it may do something else there while rows are read. Closed at a stop, it gives those rows up.
         Raises RowReadError, with tokens counted within these T, where it goes on and rows could not be read.
         """
-        rope = rope_at(positions, self.config.head_dim, self.config.rope_theta)
+        fused = self.fused
+        if fused is None:
+            rope = rope_at(positions, self.config.head_dim, self.config.rope_theta)
+        else:
+            rope = fused.rope(positions)
         x = self.embed(token_ids)
         for block in self.layers:
             assert isinstance(block, Block)
-            x = yield from block.run(x, rope, attention)
-        out: Tensor = self.norm(x)
+            x = yield from block.run(x, rope, attention, fused)
+        out: Tensor = self.norm(x) if fused is None else fused.norm(x, self.norm.weight)
         return out
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [n, D] as `forward` returns it -> fp32 [n, vocab]."""
+    @torch.inference_mode()
+    def fuse(self, backend: str = "inductor") -> None:
+        """Have dense parts run fused from now on, where that works; else a warning says why not, and they stay plain.
+
+        Takes a minute or so the first time on a machine; what was compiled is remembered on its disk.
+        """
+        started = time.perf_counter()
+        fused = Fused(self.config, backend)
+        try:
+            for tokens in (1, 2):
+                self._try(fused, tokens)
+        except (RuntimeError, OSError) as error:
+            logger.warning("dense layers run unfused, they could not be compiled: %s", error)
+            return
+        self.fused = fused
+        logger.info("dense layers compiled in %.1f s", time.perf_counter() - started)
+
+    def _try(self, fused: Fused, tokens: int) -> None:
+        """Everything that is to be compiled, once."""
+        weight = self.embed.weight
+        positions = torch.arange(tokens, device=weight.device)
+        rope = fused.rope(positions)
+        x = self.embed(positions)
+        for block in {type(block.ffn): block for block in self.layers}.values():
+            assert isinstance(block, Block)
+            block.fused(fused, x, rope, lambda layer, q, k, v: q)
+        fused.norm(x, self.norm.weight)
+
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden [n, D] as `forward` returns it -> fp32 [n, vocab]; in `out`, if that is given."""
         head = self.embed if self.lm_head is None else self.lm_head
-        return linear(hidden, head.weight).float()
+        found = linear(hidden, head.weight)
+        return found.float() if out is None else out.copy_(found)
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -82,6 +82,7 @@ class DecodeBatches:
         pin = device.type == "cuda"
         blocks = -(-max_length // block_size)
         self._numbers = torch.zeros(3, rows, dtype=torch.int64, pin_memory=pin)  # tokens, positions, slots
+        self._numbers[2] = sink  # until the first step, as when graphs are captured
         self._lengths = torch.ones(rows, dtype=torch.int32, pin_memory=pin)
         self._tables = torch.zeros(rows, blocks, dtype=torch.int32, pin_memory=pin)
         self._device_numbers = self._numbers.to(device, copy=True)

@@ -13,6 +13,9 @@ from memlane.models.pieces import Pieces, finish
 from memlane.runner import halves
 from memlane.runner.attention import AttentionBackend, SdpaBackend
 from memlane.runner.batch import make_batch
+from memlane.runner.decode_batch import DecodeBatches
+from memlane.runner.decode_graphs import DecodeGraphs
+from memlane.runner.graphs import Capture
 from memlane.runner.kv import KVCache
 from memlane.scheduler import StepPlan
 from memlane.tables import RowReadError
@@ -40,6 +43,7 @@ class Runner:
         self.device = kv.layers[0].device
         self.split_decode = split_decode
         self.attention = attention or SdpaBackend()
+        self.decode: DecodeGraphs | None = None  # see `pad_decodes`
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, *, all_logits: bool = False, previous: Tensor | None = None) -> Tensor:
@@ -52,6 +56,8 @@ class Runner:
         before it, so one that is not makes the later ones so.
         Raises RowReadError if table rows could not be read; the same or a smaller plan may then be run again.
         """
+        if self.decode is not None and not all_logits and self.decode.takes(plan):
+            return self.decode.run(plan, previous)
         if self.splits(plan):
             middle = plan.tokens // 2
             first, second = halves.cut(plan, middle)
@@ -63,6 +69,16 @@ class Runner:
             ends = [end - 1 for end in accumulate(chunk.length for chunk in plan.chunks)]
             hidden = hidden.index_select(0, torch.tensor(ends, device=self.device))
         return self.transformer.logits(hidden)
+
+    def pad_decodes(
+        self, sequences: int, max_length: int, capture: Capture | None, *, cut: bool, halves: bool
+    ) -> None:
+        """From now on run steps of up to so many single tokens, none beyond max_length, as DecodeGraphs does."""
+        batches = DecodeBatches(sequences, max_length, self.kv.block_size, self.kv.sink, self.device)
+        self.decode = DecodeGraphs(
+            self.transformer, self.kv, self.attention, batches, capture, cut=cut, halves=halves
+        )
+        self.decode.capture_all()
 
     def splits(self, plan: StepPlan) -> bool:
         """Whether the plan is run as two halves.

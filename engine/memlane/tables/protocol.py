@@ -30,7 +30,11 @@ class Lookup(Protocol):
         """x fp32 [tokens, width] -> inner products of each row with its token's x, fp32 [tokens, k]."""
 
     def close(self) -> None:
-        """Give the rows up. Idempotent, and allowed after the end."""
+        """Give the rows up. Idempotent, and allowed after the end.
+
+        Of a lookup in captured graphs: give up what the last replay asked for, where the piece that ends it is not
+        going to be replayed. It can be replayed again afterwards.
+        """
 
 
 @runtime_checkable
