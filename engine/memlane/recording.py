@@ -37,7 +37,7 @@ def start(config: EngineConfig, model: LoadedModel) -> RowRecorder | None:
     """
     if config.record_rows is None:
         return None
-    found = [(table, table.stats()) for table in model.tables.values()]
+    found = [(table, table.tiers()[-1]) for table in model.tables.values()]
     traced = [
         TracedTable(s.name, t.rows, s.row_bytes, s.capacity_bytes if s.placement == "disk" else None)
         for t, s in found

@@ -37,7 +37,7 @@ class WarmStart:
 
     def __init__(self, config: EngineConfig, model: LoadedModel) -> None:
         """Begins to warm every table on disk; with `warm_wait`, does all of it now. Raises CheckpointError."""
-        self._tables = [table for table in model.tables.values() if table.placement == "disk"]
+        self._tables = [t.on_disk for t in model.tables.values() if t.on_disk is not None]
         # Named now: at the end another file may lie where the table's did.
         self._states = {table.name: _state_path(table) for table in self._tables}
         self._wanted = config.warm_start

@@ -32,7 +32,9 @@ def _shape(n, k, warps=None):
     lanes = max(32, tile // 32)
     pair_tile = max(128, 1 << (pairs - 1).bit_length())
     pair_lanes = max(32, pair_tile // 32)
-    return dict(N=n, K=k, KP=kp, TILE=tile, LANES=lanes, PAIRS=pairs, PAIR_TILE=pair_tile, PAIR_LANES=pair_lanes), warps or max(1, min(32, lanes // 32))
+    return dict(
+        N=n, K=k, KP=kp, TILE=tile, LANES=lanes, PAIRS=pairs, PAIR_TILE=pair_tile, PAIR_LANES=pair_lanes
+    ), warps or max(1, min(32, lanes // 32))
 
 
 def _launch(scores, k, log_scale, softmax):
@@ -42,8 +44,18 @@ def _launch(scores, k, log_scale, softmax):
     sizes, warps = _shape(n, k)
     if tokens * heads:
         jit.choose[(tokens * heads,)](
-            scores, _rank_pairs(k, str(scores.device)), log_scale if log_scale is not None else out, ids, out, heads,
-            *scores.stride()[:3], SOFTMAX=softmax, SCALED=log_scale is not None, num_warps=warps, **sizes)
+            scores,
+            _rank_pairs(k, str(scores.device)),
+            log_scale if log_scale is not None else out,
+            ids,
+            out,
+            heads,
+            *scores.stride()[:3],
+            SOFTMAX=softmax,
+            SCALED=log_scale is not None,
+            num_warps=warps,
+            **sizes,
+        )
     return ids, out
 
 

@@ -119,7 +119,7 @@ class MemoryLayer(nn.Module):
         """The second step: x [T, D], weights fp32 [T, H*K] and the rows they belong to -> [T, D]. Ends the lookups."""
         if self.config.kind == "peer":
             experts_in, experts_out = lookups
-            activation = F.gelu(experts_in.dot(x.float())) * weights
+            activation = experts_in.activations(x.float(), weights)
             out = experts_out.weighted_sum(activation).to(x.dtype)
         else:
             out = self._project(lookups[0].weighted_sum(weights), prepared.swilu, x.dtype)

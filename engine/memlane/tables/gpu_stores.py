@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from memlane.kernels import RowMemory
@@ -164,6 +165,15 @@ class _Cached:
         self._forgotten = 0
         self.live: Tensor | None = None  # int64 [1] on the device: ids of a lookup that are not padding
 
+    def buffers(self, ids: int) -> LookupBuffers:
+        """Uninitialised: the kernels write what is read of them."""
+        return LookupBuffers(
+            slots=torch.empty(ids, dtype=torch.int32, device=self.device),
+            miss_rows=torch.empty(ids, dtype=torch.int64, device=self.device),
+            miss_slots=torch.empty(ids, dtype=torch.int32, device=self.device),
+            miss_count=torch.empty(1, dtype=torch.int64, device=self.device),
+        )
+
     def look_up(self, ids: Tensor, buffers: LookupBuffers) -> None:
         """Slots for ids, and what is missing. Rows of lookups that are still open stay where they are."""
         self.open += 1
@@ -231,7 +241,7 @@ class _HostRows:
         self._store = store
         self.near = store.cache.memory
         self.far: RowMemory | None = store.memory
-        self._buffers = store.cache.buffers(len(ids))
+        self._buffers = store.buffers(len(ids))
         store.look_up(ids, self._buffers)
         self.slots = self._buffers.slots
         self._closed = self._joined = False
@@ -283,6 +293,22 @@ class HostStore(_Cached):
         self._host.close()
 
 
+class _HostSide(NamedTuple):
+    """What a lookup sends to the host and back, int64 [1 + n] each. Made at the first fetch: not within a capture."""
+
+    missing: Tensor
+    places: Tensor
+    places_there: Tensor
+
+    @classmethod
+    def of(cls, n: int, device: torch.device) -> _HostSide:
+        return cls(
+            host_buffer((n,), torch.int64, device),
+            host_buffer((n,), torch.int64, device),
+            torch.empty(n, dtype=torch.int64, device=device),
+        )
+
+
 class _DiskRows:
     """Rows that the processor reads from a file into its own cache, and the GPU copies from there."""
 
@@ -292,17 +318,14 @@ class _DiskRows:
         self._store = store
         self.near = store.cache.memory
         self._fetched = self._closed = False
-        n = len(ids)
         # One copy each way: the number of missing rows, then the rows; what lies behind them is not looked at.
-        self._packet = torch.zeros(1 + n, dtype=torch.int64, device=store.device)
-        self._buffers = store.cache.buffers(n)._replace(
+        self._packet = torch.empty(1 + len(ids), dtype=torch.int64, device=store.device)
+        self._buffers = store.buffers(len(ids))._replace(
             miss_count=self._packet[:1], miss_rows=self._packet[1:]
         )
+        self._host: _HostSide | None = None
         store.look_up(ids, self._buffers)
         self.slots = self._buffers.slots
-        self._missing = host_buffer((1 + n,), torch.int64, store.device)
-        self._places = host_buffer((1 + n,), torch.int64, store.device)
-        self._places_there = torch.empty(1 + n, dtype=torch.int64, device=store.device)
 
     @property
     def fetched(self) -> bool:
@@ -313,26 +336,28 @@ class _DiskRows:
 
     def fetch(self) -> None:
         store = self._store
+        host = self._host = self._host or _HostSide.of(len(self._packet), store.device)
         with store.side.branch():
-            self._missing.copy_(self._packet, non_blocking=True)
+            host.missing.copy_(self._packet, non_blocking=True)
         store.wait_for(store.side.mark())
-        count = int(self._missing[0])
+        count = int(host.missing[0])
         if count:
-            store.bring(self._missing[1 : 1 + count], self._copy)
+            store.bring(host.missing[1 : 1 + count], self._copy)
         self._fetched = True
 
-    def _copy(self, begin: int, places: np.ndarray[tuple[int], np.dtype[np.int32]]) -> Mark:
+    def _copy(self, begin: int, places: NDArray[np.int32]) -> Mark:
         """Have the GPU copy missing rows from `begin` on, which lie in these slots of the cache in RAM."""
-        store, m = self._store, len(places)
-        self._places[0] = m
-        self._places[1 : 1 + m] = torch.from_numpy(places)
+        store, m, host = self._store, len(places), self._host
+        assert host is not None
+        host.places[0] = m
+        host.places[1 : 1 + m] = torch.from_numpy(places)
         with store.side.branch():
-            self._places_there[: 1 + m].copy_(self._places[: 1 + m], non_blocking=True)
+            host.places_there[: 1 + m].copy_(host.places[: 1 + m], non_blocking=True)
             store.cache.copy(
                 store.memory,
-                self._places_there[1 : 1 + m],
+                host.places_there[1 : 1 + m],
                 self._buffers.miss_slots[begin : begin + m],
-                self._places_there[:1],
+                host.places_there[:1],
             )
         mark = store.side.mark()
         store.side.join(mark)
@@ -431,4 +456,4 @@ class DiskStore(_Cached):
 
 
 class _Copy(Protocol):
-    def __call__(self, begin: int, places: np.ndarray[tuple[int], np.dtype[np.int32]]) -> Mark: ...
+    def __call__(self, begin: int, places: NDArray[np.int32]) -> Mark: ...

@@ -154,7 +154,8 @@ class GpuLookup:
         self._step = max(1, self._tokens if most is None else most // max(1, self._k))
         self._kernels = row_kernels(table.device)
         self._ended = False
-        self._rows: StoredRows | None = None
+        self._rows: StoredRows | None = None  # of the part that is open
+        self._latest: StoredRows | None = None  # of the part that was opened last
         self._begin = 0  # of the part that is open
         if self._tokens and self._k:
             self._open()
@@ -165,8 +166,9 @@ class GpuLookup:
         return self._step < self._tokens
 
     def fetch(self) -> None:
-        if self._rows is not None:
-            self._bring(self._rows)
+        """Also after the end: a graph that was captured of this lookup is replayed over the same rows."""
+        if self._latest is not None:
+            self._bring(self._latest)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """weights fp32 [tokens, k] -> fp32 [tokens, width], added in the order of k as everywhere."""
@@ -207,7 +209,7 @@ class GpuLookup:
 
     def _open(self) -> None:
         part = self._ids[self._begin : self._begin + self._step]
-        self._rows = self._table.store.begin(part.flatten())
+        self._rows = self._latest = self._table.store.begin(part.flatten())
 
     def _bring(self, rows: StoredRows) -> None:
         try:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -61,6 +62,10 @@ class TableLookup:
             ),
         )
         return out
+
+    def activations(self, x: Tensor, weights: Tensor) -> Tensor:
+        """x fp32 [tokens, width], weights fp32 [tokens, k] -> gelu(row . x) * weights, fp32 [tokens, k]."""
+        return F.gelu(self.dot(x)) * weights
 
     def gather(self) -> Tensor:
         """The rows as fp32 [tokens * k, width]."""

@@ -12,7 +12,7 @@ __all__ = ["Lookup", "Table"]
 class Lookup(Protocol):
     """Rows that were asked for with `Table.begin` and may still be on their way.
 
-    Exactly one of `weighted_sum` and `dot` ends it: that waits for the rows that are missing, and raises RowReadError,
+    Exactly one of `weighted_sum`, `dot` and `activations` ends it: that waits for the rows that are missing, and raises RowReadError,
     with tokens counted within this lookup, if some could not be read. What is no longer wanted must be closed.
     """
 
@@ -28,6 +28,9 @@ class Lookup(Protocol):
 
     def dot(self, x: Tensor) -> Tensor:
         """x fp32 [tokens, width] -> inner products of each row with its token's x, fp32 [tokens, k]."""
+
+    def activations(self, x: Tensor, weights: Tensor) -> Tensor:
+        """x fp32 [tokens, width], weights fp32 [tokens, k] -> gelu(row . x) * weights [tokens, k]; ends it as `dot` does."""
 
     def close(self) -> None:
         """Give the rows up. Idempotent, and allowed after the end.

@@ -26,6 +26,10 @@ class ReferenceLookup:
         """x fp32 [tokens, width] -> fp32 [tokens, k]. RuntimeError if the lookup has ended."""
         return self._table.dot(self._end(), x)
 
+    def activations(self, x: Tensor, weights: Tensor) -> Tensor:
+        """gelu(dot(x)) * weights. RuntimeError if the lookup has ended."""
+        return F.gelu(self.dot(x)) * weights
+
     def fetch(self) -> None:
         pass
 
