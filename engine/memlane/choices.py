@@ -46,6 +46,17 @@ class Choices:
         logger.info("%s", line)
         self.lines.append(line)
 
+    def device(self) -> torch.device:
+        """What computes. Raises ConfigError if that is to be a GPU and there is none."""
+        found = torch.cuda.is_available()
+        if self.config.device == "cuda" and not found:
+            raise ConfigError("device: cuda was asked for, and torch finds no CUDA device here")
+        if self.config.device == "cpu" or not found:
+            return torch.device("cpu")
+        device = torch.device("cuda", torch.cuda.current_device())
+        self.note(f"device: {torch.cuda.get_device_name(device)}")
+        return device
+
     def placement(self, table_bytes: int, available: int | None) -> Placement:
         """Where tables of that many bytes go, with so many bytes of memory to be had (None: unknown)."""
         if self.config.placement != "auto":
@@ -84,9 +95,12 @@ class Choices:
         """Bytes of the row cache, all tables together."""
         return parse_bytes(self.config.row_cache, whole=table_bytes, option="row_cache")
 
-    def kv_size(self, model: ModelConfig, dtype: torch.dtype, available: int | None) -> KVSize:
+    def kv_size(
+        self, model: ModelConfig, dtype: torch.dtype, available: int | None, planned: int | None = None
+    ) -> KVSize:
         """Number of KV blocks and the resulting limit on lengths. Every sequence within the limit fits alone.
 
+        available: bytes of RAM to be had, of which KV takes a part unless planned: bytes for it, settled already.
         Raises ConfigError if a stated limit cannot be kept.
         """
         c = self.config
@@ -98,7 +112,9 @@ class Choices:
         wanted = c.max_model_len or model.max_position_embeddings
         block_bytes = KVCache.block_bytes(model, self.block_size, dtype)
         a_sequence = -(-wanted // self.block_size)
-        if c.kv_cache == "auto":
+        if planned is not None:
+            blocks = planned // block_bytes
+        elif c.kv_cache == "auto":
             limit = min(_KV_AUTO_LIMIT, available // 4 if available is not None else _KV_AUTO_LIMIT)
             blocks = min(c.max_num_seqs * a_sequence, limit // block_bytes)
             self.note(

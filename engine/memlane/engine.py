@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from pathlib import Path
 
 import msgspec
 import torch
@@ -12,18 +11,18 @@ from torch import Tensor
 
 from memlane import recording, reporting
 from memlane.admission import Admission
-from memlane.checkpoints import resolve
-from memlane.choices import Choices, available_memory
+from memlane.choices import Choices
 from memlane.config import EngineConfig
 from memlane.errors import ErrorKind, RequestError
 from memlane.ipc import Add, Stats
 from memlane.launch import Launch
-from memlane.models.loading import LoadedModel, TableOptions, load_model, table_bytes
+from memlane.models.loading import LoadedModel
 from memlane.request import Failure, FinishReason, SamplingParams, TokenDelta, TokenLogprobs
 from memlane.runner import DecodeSplit, KVCache, Runner
 from memlane.runner.graphs import CudaCapture
 from memlane.runner.random_numbers import derive_seed
 from memlane.scheduler import Scheduler, Sequence, StepPlan
+from memlane.starting import start
 from memlane.tables import RowReadError
 from memlane.warming import WarmStart
 
@@ -50,12 +49,10 @@ class Engine:
         choices = Choices(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self.model = model or _load(config, choices)
+        self.model, attention, kv = start(config, choices, model)
         self.config = config
-        self.device = self.model.transformer.embed.weight.device
-        dtype = self.model.transformer.embed.weight.dtype
-        attention = choices.attention(self.model.config, dtype, self.device)
-        kv = choices.kv_size(self.model.config, dtype, available_memory())
+        weights = self.model.transformer.embed.weight
+        self.device = weights.device
         self.max_model_len = kv.max_model_len
         self.choices = choices.lines
         self.scheduler = Scheduler(
@@ -65,16 +62,11 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             prefix_caching=config.prefix_caching,
         )
-        cache = KVCache(self.model.config, kv.blocks, choices.block_size, dtype, self.device)
+        cache = KVCache(self.model.config, kv.blocks, choices.block_size, weights.dtype, self.device)
         self.decode_split = DecodeSplit(self._stall_seconds)
         self.runner = Runner(self.model.transformer, cache, self.decode_split.wanted, attention)
         if self.device.type == "cuda":
-            self.model.transformer.fuse()
-            on_disk = any(table.placement == "disk" for table in self.model.tables.values())
-            capture = CudaCapture(self.device) if config.cuda_graphs else None
-            self.runner.pad_decodes(
-                config.max_num_seqs, kv.max_model_len, capture, cut=on_disk, halves=on_disk
-            )
+            self._prepare_gpu()
         self.sequences: dict[str, Sequence] = {}  # accepted and not ended
         self._outbox: list[TokenDelta] = []  # of the step under way: survives an exception in its middle
         self.lookahead = config.async_scheduling and self.device.type == "cuda"
@@ -142,6 +134,7 @@ class Engine:
         """After an error nobody foresaw: fail everything in flight and forget all computed state."""
         failure = Failure(ErrorKind.INTERNAL, message)
         self._outstanding = None
+        self._abandon_rows()
         self._outbox += [self._fail(sequence, failure) for sequence in list(self.sequences.values())]
         for sequence in list(self.scheduler.retired):
             self.scheduler.finish(sequence)
@@ -192,7 +185,7 @@ class Engine:
             step_tokens=[],
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
-            tables=[reporting.table_stats(table.stats()) for table in self.model.tables.values()],
+            tables=[reporting.table_stats(tier) for t in self.model.tables.values() for tier in t.tiers()],
             resident_bytes=reporting.resident_bytes(),
         )
 
@@ -226,6 +219,7 @@ class Engine:
                     return Launch.start(self.runner, plan, self._outstanding)
             except RowReadError as error:
                 logger.error("%s", error)
+                self._abandon_rows()
                 # First what came before: a sequence that ended there needs no rows, and others are due a token.
                 self._collect()
                 failure = Failure(ErrorKind.ROWS_UNREADABLE, str(error))
@@ -267,6 +261,27 @@ class Engine:
         """Whether it has not ended. Its name may be another's by now."""
         return self.sequences.get(sequence.request_id) is sequence
 
+    def _prepare_gpu(self) -> None:
+        """Compile dense parts and capture decode steps."""
+        config, tables = self.config, self.model.tables.values()
+        self.model.transformer.fuse()
+        placements = {table.placement for table in tables}
+        graphs = (
+            config.cuda_graphs and config.record_rows is None
+        )  # what is replayed is not seen by a recorder
+        self.runner.pad_decodes(
+            config.max_num_seqs,
+            self.max_model_len,
+            CudaCapture(self.device) if graphs else None,
+            cut="disk" in placements,
+            halves=bool(placements & {"host", "disk"}),
+        )
+
+    def _abandon_rows(self) -> None:
+        """A step broke off: another half of it may have taken slots for rows that nobody will bring."""
+        for table in self.model.tables.values():
+            table.abandon()
+
     def _stall_seconds(self) -> float:
         return sum(table.stall_seconds for table in self.model.tables.values())
 
@@ -277,6 +292,8 @@ class Engine:
     def _count(self, plan: StepPlan) -> None:
         self.steps += bool(plan.chunks)
         self.last_step_tokens = plan.tokens
+        for table in self.model.tables.values():
+            table.note_tokens(plan.tokens)
         self._prompt_tokens += plan.prompt_tokens
 
     def _advance(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenDelta:
@@ -314,25 +331,6 @@ class Engine:
             self.scheduler.retire(sequence)
         else:
             self.scheduler.finish(sequence)
-
-
-def _load(config: EngineConfig, choices: Choices) -> LoadedModel:
-    directory = resolve(Path(config.model), tokenizer=config.tokenizer)
-    size = table_bytes(directory)
-    tables = TableOptions(
-        placement=choices.placement(size, available_memory()),
-        cache_bytes=choices.cache_bytes(size),
-        policy=config.cache_policy,
-        io=config.table_io,
-        deadline=config.read_timeout,
-        shared=config.shared_tables,
-    )
-    return load_model(
-        directory,
-        tables=tables,
-        dtype=choices.dtype("cpu"),
-        tokenizer=config.tokenizer,
-    )
 
 
 def _last(sequence: Sequence, reason: FinishReason, failure: Failure | None = None) -> TokenDelta:

@@ -9,7 +9,6 @@ import errno
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -42,12 +41,12 @@ def opened(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     tables: list[GpuTable] = []
 
     def open_table(
-        layout: TableLayout, placement: Placement, slots: int = 100, scratch: int = 256, **ram: Any
+        layout: TableLayout, placement: Placement, slots: int = 100, scratch: int = 256
     ) -> GpuTable:
         monkeypatch.setattr("memlane.tables.gpu_open._SCRATCH_ROWS", scratch)
         cache_bytes = least_cache_bytes(ROWS, layout.stride, 0) + slots * 64
         options = GpuTableOptions(torch.device(device), placement, cache_bytes, reads_per_token=8)
-        table = open_gpu_table(layout, options, ram_cache_bytes=slots * layout.stride, **ram)
+        table = open_gpu_table(layout, options, ram_cache_bytes=slots * layout.stride)
         tables.append(table)
         return table
 

@@ -213,6 +213,9 @@ class AskedLookup:
         self.owner.events.append(f"dot {self.owner.name}")
         return self.owner.table.dot(self.ids, x)
 
+    def activations(self, x: Tensor, weights: Tensor) -> Tensor:
+        return torch.nn.functional.gelu(self.dot(x)) * weights
+
     def close(self) -> None:
         if not self.closed:
             self.owner.events.append(f"close {self.owner.name}")

@@ -107,6 +107,7 @@ def test_models_reach_tables_only_through_the_public_classes() -> None:
     )
     allowed += ("memlane.tables.layout", "memlane.tables.reference", "memlane.tables.TableLayout")
     allowed += ("memlane.tables.ReferenceTable", "memlane.tables.errors")
+    allowed += ("memlane.tables.ServedTable", "memlane.tables.gpu_open")
     allowed += ("memlane.tables.device", "memlane.tables.source")  # how tables are opened
     for path in (ENGINE / "models").rglob("*.py"):
         for module in imports(path):

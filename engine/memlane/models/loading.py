@@ -17,14 +17,15 @@ from memlane.checkpoints.source import Checkpoint
 from memlane.errors import CheckpointError, ConfigError
 from memlane.models.config import DTYPES, ModelConfig
 from memlane.models.transformer import Transformer
-from memlane.tables import Table, TableLayout, ValueTable
+from memlane.tables import ServedTable, Table, TableLayout, ValueTable
 from memlane.tables.device import device_speed
 from memlane.tables.errors import TableError
+from memlane.tables.gpu_open import GpuTableOptions, open_gpu_table
 from memlane.tables.layout import RowFormat
 from memlane.tables.source import DEADLINE, MERGE_GAP, FileIO
-from memlane.tables.table import Placement
+from memlane.tables.table import Placement, Reading
 
-__all__ = ["LoadedModel", "TableOptions", "load_model", "served_dtype", "table_bytes"]
+__all__ = ["GpuOptions", "LoadedModel", "TableOptions", "load_model", "served_dtype", "table_bytes"]
 
 # Weights that stay fp32 in a bf16 model: those that choose rows (near-ties flip rows), and norm gains, which multiply
 # before the cast.
@@ -50,6 +51,19 @@ class TableOptions:
     io: FileIO = "auto"
     deadline: float = DEADLINE
     shared: bool = False
+    gpu: GpuOptions | None = None
+
+
+@dataclass(frozen=True)
+class GpuOptions:
+    """What is different where a GPU reads tables. row_cache_bytes: of its memory, divided among the tables of a model.
+
+    device: "cpu" runs the same code over the kernels' twins. sequences: that are decoded at once.
+    """
+
+    device: torch.device
+    row_cache_bytes: int = 0
+    sequences: int = 1
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,7 @@ class LoadedModel:
 
     config: ModelConfig
     transformer: Transformer
-    tables: dict[str, ValueTable]
+    tables: dict[str, ServedTable]
     directory: Path
     hot_rows: Mapping[str, Path] = field(default_factory=dict)
 
@@ -89,7 +103,8 @@ def load_model(
 ) -> LoadedModel:
     """Load a checkpoint of any form that `convert` reads; foreign forms are converted once into the cache directory.
 
-    tables: "host" (in RAM) or "disk" (read row by row through a cache). dtype: of the dense weights, "auto" for the one
+    tables: "host" (in RAM) or "disk" (read row by row through a cache), and on a GPU "device". Dense weights go to the
+    GPU where tables are read by one. dtype: of the dense weights, "auto" for the one
     the checkpoint names. Raises CheckpointError naming the file and its defect, ConfigError on options that cannot work.
     """
     directory = resolve(path, tokenizer=tokenizer)
@@ -102,7 +117,8 @@ def load_model(
         for name in config.table_names():
             opened_tables[name] = _open_table(directory, config, name, tables)
             opened.callback(opened_tables[name].close)
-        transformer = _build(checkpoint, opened_tables, weights_dtype)
+        device = torch.device("cpu") if tables.gpu is None else tables.gpu.device
+        transformer = _build(checkpoint, opened_tables, weights_dtype, device)
         opened.pop_all()  # loaded: the tables now belong to the LoadedModel
     return LoadedModel(config, transformer, opened_tables, directory, checkpoint.hot_rows)
 
@@ -128,7 +144,7 @@ def _dtype(dtype: str, config: ModelConfig) -> torch.dtype:
     return found
 
 
-def _open_table(directory: Path, config: ModelConfig, name: str, options: TableOptions) -> ValueTable:
+def _open_table(directory: Path, config: ModelConfig, name: str, options: TableOptions) -> ServedTable:
     """One table with its part of the cache budget: all tables of a model are of one size, so the parts are equal."""
     memory = config.memory
     assert memory is not None
@@ -139,26 +155,36 @@ def _open_table(directory: Path, config: ModelConfig, name: str, options: TableO
         if layout.checksum_offset is None and layout.nbytes <= _VERIFY_BYTES:
             verify(directory, [path.name])  # its pages cannot be verified as they are read
         speed = device_speed(layout, cache_root() / "devices.json", options.io)
-        return ValueTable.open(
-            layout,
-            options.placement,
-            share,
-            policy=options.policy,
-            io=options.io,
-            merge_gap=MERGE_GAP if speed is None else speed.merge_gap,
-            deadline=options.deadline,
-            shared=options.shared,
-        )
+        merge_gap = MERGE_GAP if speed is None else speed.merge_gap
+        reading = Reading(options.policy, options.io, merge_gap, options.deadline)
+        if options.gpu is not None:
+            return open_gpu_table(layout, _on_gpu(config, options, options.gpu), reading, share)
+        return ValueTable.open(layout, options.placement, share, shared=options.shared, **reading._asdict())
     except TableError as error:
         raise CheckpointError(path, str(error)) from error
 
 
-def _build(checkpoint: Checkpoint, tables: Mapping[str, Table], dtype: torch.dtype) -> Transformer:
+def _on_gpu(config: ModelConfig, options: TableOptions, gpu: GpuOptions) -> GpuTableOptions:
+    memory, names = config.memory, config.table_names()
+    assert memory is not None
+    return GpuTableOptions(
+        device=gpu.device,
+        placement=options.placement,
+        cache_bytes=gpu.row_cache_bytes // len(names),
+        decode_ids=gpu.sequences * memory.rows_per_token,
+        reads_per_token=memory.rows_per_token * (len(memory.layers) if memory.shared else 1),
+        shared=options.shared,
+    )
+
+
+def _build(
+    checkpoint: Checkpoint, tables: Mapping[str, Table], dtype: torch.dtype, device: torch.device
+) -> Transformer:
     """The model over open tables, its weights read one by one so that no second copy of them is ever whole."""
     with torch.device("meta"):
         model = Transformer(checkpoint.config, tables)
     weights = {}
     for tensor in checkpoint.dense:
-        weights[tensor.name] = tensor.load().to(served_dtype(tensor.name, dtype))
+        weights[tensor.name] = tensor.load().to(served_dtype(tensor.name, dtype)).to(device)
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +15,7 @@ from memlane.tables.gpu_table import GpuTable
 from memlane.tables.host_rows import HostRows, row_pieces
 from memlane.tables.layout import TableLayout
 from memlane.tables.source import FileSource
-from memlane.tables.table import MOST_ROWS, Placement, ValueTable
+from memlane.tables.table import MOST_ROWS, Placement, Reading, ValueTable
 
 __all__ = ["GpuTableOptions", "least_cache_bytes", "open_gpu_table"]
 
@@ -42,17 +42,19 @@ class GpuTableOptions(NamedTuple):
 
 
 def open_gpu_table(
-    layout: TableLayout, options: GpuTableOptions, *, ram_cache_bytes: int = 64 << 20, **reading: Any
+    layout: TableLayout,
+    options: GpuTableOptions,
+    reading: Reading = Reading(),
+    ram_cache_bytes: int = 64 << 20,
 ) -> GpuTable:
     """Opens a table for a GPU (or, with the kernels' twins, for the CPU: for tests).
 
-    ram_cache_bytes: of rows kept in pinned RAM where the table stays on disk. reading: what FileSource takes, and for a
-    table on disk what ValueTable.open takes. A table on the host or on disk never lies in GPU memory, not even in
+    ram_cache_bytes: of rows kept in pinned RAM where the table stays on disk. A table on the host or on disk never lies in GPU memory, not even in
     passing. Raises OSError, TableFormatError, TableError (also where memory cannot be pinned), RowReadError, MemoryError.
     """
     if layout.rows > MOST_ROWS:
         raise TableError(f"table {layout.name!r}: {layout.rows} rows; at most {MOST_ROWS} are supported")
-    return GpuTable(layout, _store(layout, options, ram_cache_bytes, reading), options.device)
+    return GpuTable(layout, _store(layout, options, reading, ram_cache_bytes), options.device)
 
 
 def least_cache_bytes(rows: int, stride: int, decode_ids: int) -> int:
@@ -61,19 +63,16 @@ def least_cache_bytes(rows: int, stride: int, decode_ids: int) -> int:
     return scratch + (rows // 100 + 32) * (device_stride(stride) + _WORD_BYTES)
 
 
-def _store(
-    layout: TableLayout, options: GpuTableOptions, ram_cache_bytes: int, reading: dict[str, Any]
-) -> Store:
+def _store(layout: TableLayout, options: GpuTableOptions, reading: Reading, ram_cache_bytes: int) -> Store:
     device = options.device
     if options.placement == "disk":
-        table = ValueTable.open(layout, "disk", ram_cache_bytes, **reading)
+        table = ValueTable.open(layout, "disk", ram_cache_bytes, **reading._asdict())
         try:
             return DiskStore(layout, _cache(layout, options), table, device)
         except BaseException:
             table.close()
             raise
-    reading.pop("policy", None)  # a table that is loaded whole gives up no rows
-    source = FileSource(layout, **reading)
+    source = FileSource(layout, io=reading.io, merge_gap=reading.merge_gap, deadline=reading.deadline)
     try:
         if options.placement == "device":
             return DeviceStore(layout, _load(layout, source, device), options.reads_per_token)

@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +29,21 @@ from memlane.tables.source import DEADLINE, MERGE_GAP, FileIO, FileSource, SlotM
 from memlane.tables.stats import TableStats
 from memlane.tables.warm import Warmer
 
-__all__ = ["Placement", "ValueTable"]
+__all__ = ["MOST_ROWS", "Placement", "Reading", "ValueTable"]
 
 logger = logging.getLogger(__name__)
 
 Placement = Literal["device", "host", "disk"]
+
+
+class Reading(NamedTuple):
+    """How rows on disk are read and kept: arguments of ValueTable.open by their names."""
+
+    policy: str = "lru"
+    io: FileIO = "auto"
+    merge_gap: int = MERGE_GAP
+    deadline: float = DEADLINE
+
 
 MOST_ROWS = (1 << 31) - 1  # slots are 32-bit numbers
 
