@@ -168,7 +168,7 @@ def weighted_sum(
     _store_numbers(out + token * WIDTH, sums, units, LAYOUT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def gather(
     near,
     far,
