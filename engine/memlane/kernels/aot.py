@@ -106,10 +106,10 @@ def compile_for(one: Compilation, target: str) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        listing = _cuobjdump("-sass", cubin)
-        usage = _cuobjdump("-res-usage", cubin)
-    found = re.search(r"REG:(\d+)", usage)
-    assert found, usage
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+)", done.stdout + done.stderr)
+    assert found, done.stderr
     registers = int(found[1])
     return Report(
         one.name,
@@ -117,17 +117,9 @@ def compile_for(one: Compilation, target: str) -> Report:
         registers,
         compiled.metadata.shared,
         _warps_per_sm(registers, one.num_warps),
-        read_sass(listing),
+        read_sass(done.stdout),
         compiled.asm["ptx"],
     )
-
-
-def _cuobjdump(option: str, cubin: Path) -> str:
-    import triton
-
-    command = [triton.knobs.nvidia.cuobjdump.path, option, str(cubin)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
 
 
 def _warps_per_sm(registers: int, num_warps: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memlane.kernels.row_memory import RowMemory
 
-__all__ = ["activations", "dot", "gather", "weighted_sum"]
+__all__ = ["activations", "dot", "fma", "gather", "weighted_sum"]
 
 _PLAIN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PARTIAL_SUMS = 16
@@ -25,19 +25,20 @@ def weighted_sum(near: RowMemory, slots: Tensor, weights: Tensor, far: RowMemory
     scaled = weights * rows.scale
     out = torch.zeros(slots.shape[0], near.width, device=slots.device)
     for k in range(slots.shape[1]):
-        out = _fma(scaled[:, k, None], rows.numbers[:, k], out)
+        out = fma(scaled[:, k, None], rows.numbers[:, k], out)
     return out
 
 
 def dot(near: RowMemory, slots: Tensor, x: Tensor, far: RowMemory | None = None) -> Tensor:
     """slots [tokens, k], x fp32 [tokens, width] -> fp32 [tokens, k]. See memlane.kernels.rows."""
     rows = _read(near, slots, far)
-    padding = (0, -near.width % _PARTIAL_SUMS)
-    numbers = F.pad(rows.numbers, padding).unflatten(-1, (-1, _PARTIAL_SUMS))
-    inputs = F.pad(x, padding).unflatten(-1, (-1, _PARTIAL_SUMS))
+    steps = -(-near.width // _PARTIAL_SUMS)
+    padding = (0, steps * _PARTIAL_SUMS - near.width)
+    numbers = F.pad(rows.numbers, padding).view(*slots.shape, steps, _PARTIAL_SUMS)
+    inputs = F.pad(x, padding).view(len(x), steps, _PARTIAL_SUMS)
     sums = torch.zeros(*slots.shape, _PARTIAL_SUMS, device=slots.device)
-    for step in range(inputs.shape[1]):
-        sums = _fma(numbers[:, :, step], inputs[:, None, step], sums)
+    for step in range(steps):
+        sums = fma(numbers[:, :, step], inputs[:, None, step], sums)
     while sums.shape[-1] > 1:
         low, high = sums.chunk(2, dim=-1)
         sums = low + high
@@ -82,11 +83,11 @@ def _decode(memory: RowMemory, rows: Tensor) -> _Rows:
     stored = data[rows.to(data.device)].to(rows.device)
     if memory.row_format in _PLAIN:
         dtype = _PLAIN[memory.row_format]
-        numbers = stored[..., : width * dtype.itemsize].contiguous().view(dtype).float()
+        numbers = _piece(stored, 0, width * dtype.itemsize).view(dtype).float()
         return _Rows(numbers, torch.ones(rows.shape, device=rows.device))
     size = width // 2 if memory.row_format == "int4" else width
-    codes = stored[..., :size].contiguous()
-    scale = stored[..., size : size + 2].contiguous().view(torch.float16).float()[..., 0]
+    codes = _piece(stored, 0, size)
+    scale = _piece(stored, size, size + 2).view(torch.float16).float()[..., 0]
     if memory.row_format == "int4":
         return _Rows(torch.cat([codes & 15, codes >> 4], dim=-1).float() - 8, scale)
     if memory.row_format == "int8":
@@ -96,7 +97,12 @@ def _decode(memory: RowMemory, rows: Tensor) -> _Rows:
     return _Rows(half.float(), scale * 256)
 
 
-def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+def _piece(stored: Tensor, begin: int, end: int) -> Tensor:
+    """A copy, which lies where any dtype may."""
+    return stored[..., begin:end].clone(memory_format=torch.contiguous_format)
+
+
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """a * b + c of fp32 numbers, rounded once.
 
     fp64 holds the product exactly, but not the sum. Rounding that to fp64 and then to fp32 can differ from rounding once,

@@ -49,12 +49,13 @@ class _SumShape(NamedTuple):
 # What is under way is what counts: 4.8 TB/s that take about 0.8 us to come are 3.8 MB, 29 KB for each of 132
 # multiprocessors. It is  rows asked for * thread_bytes * threads  whose registers fit, however columns are split:
 #
-#   16 B *  8 rows, 72 registers: 28 warps of 32 threads: 112 KB a multiprocessor. Rows of 2 KiB: 7 tokens on each
-#   16 B * 16 rows: half the warps suffice, so half the tokens; 256 tokens of 2 KiB rows have 8 MB under way
-#    8 B * 32 rows: 64 tokens 4 MB
-#    2 B * 64 rows: one token of 128 rows: 1,024 columns on 32 multiprocessors, two times around instead of 16
+#   16 B *  8 rows: 72 registers leave room for 28 warps, which have 112 KB under way: 7 tokens of 2 KiB rows on each
+#   16 B * 16 rows: 256 tokens of 2 KiB rows, two on each multiprocessor, have 8 MB under way
+#    8 B * 32 rows: 64 such tokens have 4 MB
+#    2 B * 64 rows: one token of 1,024 columns is spread over 32 multiprocessors; 128 rows take two turns, not 16
 #
-# Splits never touch the order of additions.
+# Quantised rows are shorter, and 8 bytes of them at once: 35 to 56 KB a multiprocessor. Splitting columns never touches
+# the order of additions.
 _SUM_SHAPES = (
     _SumShape(4, 2, 64, 168, True),
     _SumShape(128, 8, 32, 168, True),
@@ -62,6 +63,7 @@ _SUM_SHAPES = (
     _SumShape(float("inf"), 16, 8, 72, False),
 )
 _MOST_WARPS = 8
+_MOST_UNITS = 8  # of a thread: taking more codes apart keeps more registers busy than their rows do
 _MANY_ROWS = 16384  # programs of four rows a thread are then still several for each multiprocessor
 
 
@@ -76,18 +78,18 @@ def sum_launch(layout: RowLayout, tokens: int, k: int, step: int) -> Launch:
         "GROUP": min(shape.rows, k),
     }
     options = {"num_warps": block.warps, "maxnreg": shape.registers}
-    return Launch(tokens * block.count, constants, options)
+    return Launch(tokens * block.per_row, constants, options)
 
 
 class _Block(NamedTuple):
     units: int  # of a row, in one program
     warps: int
-    count: int  # in a row
+    per_row: int
 
 
 def _block(layout: RowLayout, thread_bytes: int, most_warps: int) -> _Block:
     size = UNITS[layout.row_format].itemsize
-    of_warp = 32 * max(1, thread_bytes // size)
+    of_warp = 32 * min(_MOST_UNITS, max(1, thread_bytes // size))
     warps = 1
     while warps < most_warps and warps * of_warp < layout.units:
         warps *= 2
@@ -98,7 +100,7 @@ def gather_launch(layout: RowLayout, n: int, step: int) -> Launch:
     """Four rows a program: what is written is as much as what is read, or more; both take their time side by side."""
     block = _block(layout, 16, _MOST_WARPS)
     constants = {"LAYOUT": layout, "SLOT_STEP": step, "BLOCK": block.units, "GROUP": 4}
-    return Launch(-(-n // 4) * block.count, constants, {"num_warps": block.warps, "maxnreg": 72})
+    return Launch(-(-n // 4) * block.per_row, constants, {"num_warps": block.warps, "maxnreg": 72})
 
 
 def dot_launch(layout: RowLayout, tokens: int, k: int, step: int, activate: bool) -> Launch:

@@ -156,10 +156,9 @@ def _compilations() -> list[Compilation]:
         size = (512 if row_format == "int4" else 1024) * unit.itemsize + (2 if unit is torch.uint8 else 0)
         stride = device_stride(size) // unit.itemsize
         near = row_layout(row_format, 1024, stride, None)
-        launches = {
-            ("weighted_sum", jit.weighted_sum): sum_launch(near, 4096, 128, 2),
-            ("dot", jit.dot): dot_launch(near, 4096, 128, 2, activate=False),
-        }
+        launches = {("weighted_sum", jit.weighted_sum): sum_launch(near, 4096, 128, 2)}
+        if row_format in ("bfloat16", "int4"):
+            launches["dot", jit.dot] = dot_launch(near, 4096, 128, 2, activate=False)
         if row_format == "bfloat16":
             both = row_layout(row_format, 1024, stride, stride)
             launches |= {

@@ -168,7 +168,7 @@ def weighted_sum(
     _store_numbers(out + token * WIDTH, sums, units, LAYOUT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def gather(
     near,
     far,
@@ -195,10 +195,7 @@ def gather(
         row = _row(near, far, tl.load(slots + index[j] * SLOT_STEP), LAYOUT)
         rows = rows + ((row, _load_units(row, units, WHOLE, LAYOUT)),)
     for j in tl.static_range(GROUP):
-        if LAYOUT.scale == "none":
-            weight = 1.0
-        else:
-            weight = _scale(rows[j][0], LAYOUT)
+        weight = 1.0 if LAYOUT.scale == "none" else _scale(rows[j][0], LAYOUT)
         sums = _add_row(_zero_sums(BLOCK, LAYOUT), weight, rows[j][1], LAYOUT)
         _store_numbers(out + index[j] * WIDTH, sums, units, LAYOUT)
 
