@@ -1,6 +1,9 @@
-"""Tests of GPU code: on the GPU where there is one, else small and in Triton's interpreter."""
+"""Tests of GPU code: on a GPU where there is one, else in Triton's interpreter."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -8,4 +11,30 @@ import torch
 
 @pytest.fixture(scope="session")
 def device() -> str:
+    """Where kernels run: "cuda", or "cpu" in the interpreter, which is slow: keep inputs small there."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_calls() -> Iterator[None]:
+    """The interpreter patches all of Triton's language whenever one function calls another, which takes most of its time.
+
+    A launch patches what its kernel's module sees; of Triton's own modules, once is enough: that is never undone.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    from triton.runtime.interpreter import InterpretedFunction, _patch_lang
+
+    patched: set[str] = set()
+
+    def call(self: InterpretedFunction[Any], *args: Any, **kwargs: Any) -> Any:
+        module = self.fn.__module__
+        if module.startswith("triton.") and module not in patched:
+            _patch_lang(self.fn)
+            patched.add(module)
+        return self.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpretedFunction, "__call__", call)
+        yield

@@ -41,14 +41,14 @@ def lookup(
     if n == 0:
         buffers.miss_count.zero_()
         return
-    words, clock, counters, sets = state
+    words, clock, counters, sets, probes = state
     slots, miss_rows, miss_slots, miss_count = buffers
     has_live, live = live is not None, miss_count if live is None else live
     if n <= _ONE_PROGRAM:
         block = max(_IDS_A_WARP_OF_ONE, 1 << (n - 1).bit_length())
         jit.lookup[(1,)](
             words, clock, counters, ids, live, slots, miss_rows, miss_slots, miss_count,
-            n, sets, state.buckets, open_lookups,
+            n, sets, state.buckets, probes, open_lookups,
             HAS_LIVE=has_live, BLOCK=block, num_warps=block // _IDS_A_WARP_OF_ONE,
         )  # fmt: skip
         return
@@ -59,7 +59,7 @@ def lookup(
     )  # fmt: skip
     jit.claim[(-(-n // _CLAIM_BLOCK),)](
         words, clock, counters, ids, live, slots, miss_rows, miss_slots, miss_count,
-        n, sets, state.buckets, open_lookups,
+        n, sets, state.buckets, probes, open_lookups,
         HAS_LIVE=has_live, BLOCK=_CLAIM_BLOCK, num_warps=_CLAIM_WARPS,
     )  # fmt: skip
 
