@@ -49,8 +49,8 @@ def test_the_hash_is_murmurs() -> None:
     assert reference_cache.set_of(rows, 1 << 32).tolist() == [fmix32(int(row)) for row in rows]
 
 
-@pytest.mark.parametrize("clock", [0, (1 << STAMP_BITS) - 4], ids=["new", "about to wrap"])
-def test_lookups_are_those_of_a_plain_cache(kernels: ModuleType, device: str, clock: int) -> None:
+def test_lookups_are_those_of_a_plain_cache(kernels: ModuleType, device: str) -> None:
+    clock = (1 << STAMP_BITS) - 4  # stamps wrap on the way
     rng = np.random.default_rng(7)
     in_order = device == "cpu" or kernels is reference_cache
     for sets, scratch, rows in ((1, 64, 60), (3, 0, 150), (4, 288, 300)):
@@ -101,7 +101,7 @@ def test_many_ids_at_once(device: str) -> None:
             run(row_cache, state, skewed(rng, n, rows), open_lookups=2)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_any_order_of_programs_will_do(seed: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if device == "cuda":  # it has orders enough of its own: the test above
         return
