@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,4 +38,23 @@ def _quick_calls() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpretedFunction, "__call__", call)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fused_multiply_add() -> Iterator[None]:
+    """The interpreter rounds tl.fma twice; the hardware, once. Here it rounds once too, so that bits can be compared."""
+    if torch.cuda.is_available():
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    from memlane.kernels.reference import fma
+
+    def create_fma(_: Any, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+        a, b, c = (torch.from_numpy(np.ascontiguousarray(one.data)) for one in (x, y, z))
+        return TensorHandle(fma(a, b, c).numpy(), z.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_fma", create_fma)
         yield
