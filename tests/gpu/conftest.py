@@ -17,6 +17,31 @@ def device() -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _quick_calls() -> Iterator[None]:
+    """The interpreter patches all of Triton's language whenever one function calls another, which takes most of its time.
+
+    A launch patches what its kernel's module sees; of Triton's own modules, once is enough: that is never undone.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    from triton.runtime.interpreter import InterpretedFunction, _patch_lang
+
+    patched: set[str] = set()
+
+    def call(self: InterpretedFunction[Any], *args: Any, **kwargs: Any) -> Any:
+        module = self.fn.__module__
+        if module.startswith("triton.") and module not in patched:
+            _patch_lang(self.fn)
+            patched.add(module)
+        return self.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpretedFunction, "__call__", call)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _fused_multiply_add() -> Iterator[None]:
     """The interpreter rounds tl.fma twice; the hardware, once. Here it rounds once too, so that bits can be compared."""
     if torch.cuda.is_available():

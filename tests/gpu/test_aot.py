@@ -67,6 +67,20 @@ def test_every_kernel_compiles_without_spills(reports: dict[tuple[str, str], dic
 
 
 @pytest.mark.parametrize("target", DEFAULT_TARGETS)
+def test_copies_read_whole_vectors_four_at_a_time(
+    reports: dict[tuple[str, str], dict[str, Any]], target: str
+) -> None:
+    """What the grid of a copy is computed from; also where rows start within a vector."""
+    copies = [
+        report["code"]
+        for (name, of), report in reports.items()
+        if name.startswith("copy of rows") and of == target
+    ]
+    assert len(copies) == 5
+    assert all((code["widest_load"], code["in_flight"]) == (128, 4) for code in copies)
+
+
+@pytest.mark.parametrize("target", DEFAULT_TARGETS)
 @pytest.mark.parametrize("name", ["weighted_sum, bfloat16", "weighted_sum from near and far, bfloat16"])
 def test_sums_have_enough_under_way(
     reports: dict[tuple[str, str], dict[str, Any]], name: str, target: str

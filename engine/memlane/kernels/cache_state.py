@@ -53,22 +53,30 @@ class CacheState(NamedTuple):
 
     words: int64 [sets + 2 * buckets, WAYS]. clock: int64 [2], the number of the latest lookup that has ended and of the
     one running: the first of a lookup's kernels reads the one and writes the other, the last one the other way round,
-    so that no program reads what another writes. counters: int64 [len(COUNTERS)].
+    so that no program reads what another writes. counters: int64 [len(COUNTERS)]. probes: buckets of scratch that are
+    looked through for a row before it is left where it lies.
     """
 
     words: Tensor
     clock: Tensor
     counters: Tensor
     sets: int
+    probes: int
 
     @classmethod
-    def empty(cls, sets: int, scratch: int, device: torch.device | str) -> CacheState:
-        """sets of WAYS slots each, and for each of two open lookups at least `scratch` slots more."""
+    def empty(
+        cls, sets: int, scratch: int, device: torch.device | str, most_probes: int | None = None
+    ) -> CacheState:
+        """sets of WAYS slots each, and for each of two open lookups at least `scratch` slots more.
+
+        most_probes: None to look through all scratch, so that no row is left in place while there is room.
+        """
         if sets < 1 or scratch < 0:
             raise ValueError(
                 f"a row cache has at least one set (not {sets}) and no negative scratch ({scratch})"
             )
-        windows = sets + 2 * -(-scratch // WAYS)
+        buckets = -(-scratch // WAYS)
+        windows = sets + 2 * buckets
         if windows * WAYS >= MOST_SLOTS:
             raise ValueError(f"{windows * WAYS} slots are more than 31 bits can number")
         return cls(
@@ -76,6 +84,7 @@ class CacheState(NamedTuple):
             torch.zeros(2, dtype=torch.int64, device=device),
             torch.zeros(len(COUNTERS), dtype=torch.int64, device=device),
             sets,
+            buckets if most_probes is None else min(buckets, most_probes),
         )
 
     @property

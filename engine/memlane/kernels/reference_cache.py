@@ -97,14 +97,14 @@ class _Lookup:
         again[trying.nonzero().view(-1)[first]] = False
         return again, full
 
-    def claim(self, sets: int, buckets: int, open_lookups: int) -> None:
+    def claim(self, sets: int, buckets: int, probes: int, open_lookups: int) -> None:
         """Ways, or scratch, for the rows that are not cached."""
         at = (self.slots < 0).nonzero().view(-1)
         while len(at):
             again, full = self.take(at, set_of(self.rows[at], sets), open_lookups)
             self.conflict[at[full]] = True
             at = at[again]
-        if not buckets:
+        if not probes:
             return
         evictions = self.evictions  # of a set; rows of earlier lookups in scratch are gone anyway
         at = self.conflict.nonzero().view(-1)
@@ -114,7 +114,7 @@ class _Lookup:
         while len(at):
             again, full = self.take(at, first + bucket, locked_age=1)
             bucket, tried = (bucket + full) % buckets, tried + full
-            left = again | (full & (tried < buckets))
+            left = again | (full & (tried < probes))
             at, bucket, tried = at[left], bucket[left], tried[left]
         self.evictions = evictions
 
@@ -136,7 +136,7 @@ def lookup(
     unique_hits = running.touch(state.sets)
     hits = running.slots[:asked] >= 0
     running.rejuvenate()
-    running.claim(state.sets, state.buckets, open_lookups)
+    running.claim(state.sets, state.buckets, state.probes, open_lookups)
     state.clock.fill_(running.now)
     misses = running.won.nonzero().view(-1)
     buffers.slots.copy_(running.slots)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from memlane.kernels.aot import Compilation
 from memlane.kernels.cache_state import CacheState, LookupBuffers
 from memlane.kernels.jit import row_cache as jit
 from memlane.kernels.row_copy import copy_rows
 
-__all__ = ["copy_rows", "forget", "lookup"]
+__all__ = ["AOT", "copy_rows", "forget", "lookup"]
 
 # Up to so many ids one program has the whole lookup: with 16 warps, each thread has eight loads of 16 bytes in flight.
 _ONE_PROGRAM = 256
@@ -41,14 +42,14 @@ def lookup(
     if n == 0:
         buffers.miss_count.zero_()
         return
-    words, clock, counters, sets = state
+    words, clock, counters, sets, probes = state
     slots, miss_rows, miss_slots, miss_count = buffers
     has_live, live = live is not None, miss_count if live is None else live
     if n <= _ONE_PROGRAM:
         block = max(_IDS_A_WARP_OF_ONE, 1 << (n - 1).bit_length())
         jit.lookup[(1,)](
             words, clock, counters, ids, live, slots, miss_rows, miss_slots, miss_count,
-            n, sets, state.buckets, open_lookups,
+            n, sets, state.buckets, probes, open_lookups,
             HAS_LIVE=has_live, BLOCK=block, num_warps=block // _IDS_A_WARP_OF_ONE,
         )  # fmt: skip
         return
@@ -59,7 +60,7 @@ def lookup(
     )  # fmt: skip
     jit.claim[(-(-n // _CLAIM_BLOCK),)](
         words, clock, counters, ids, live, slots, miss_rows, miss_slots, miss_count,
-        n, sets, state.buckets, open_lookups,
+        n, sets, state.buckets, probes, open_lookups,
         HAS_LIVE=has_live, BLOCK=_CLAIM_BLOCK, num_warps=_CLAIM_WARPS,
     )  # fmt: skip
 
@@ -73,3 +74,29 @@ def forget(state: CacheState, rows: Tensor, slots: Tensor, count: Tensor) -> Non
     if n:
         grid = (-(-n // _FORGET_BLOCK),)
         jit.forget[grid](state.words, rows, slots, count, n, BLOCK=_FORGET_BLOCK, num_warps=_FORGET_WARPS)
+
+
+def _compilations() -> list[Compilation]:
+    pointers = dict.fromkeys(
+        ("words", "clock", "counters", "ids", "live", "miss_rows", "miss_count", "rows", "count"), "*i64"
+    )
+    numbers = dict.fromkeys(("n", "sets", "windows", "buckets", "probes", "open_lookups"), "i32")
+    types = {**pointers, "slots": "*i32", "miss_slots": "*i32", **numbers}
+    programs = {
+        "lookup of 1 id": (jit.lookup, _IDS_A_WARP_OF_ONE, 1),
+        "lookup of 128 ids": (jit.lookup, 128, 128 // _IDS_A_WARP_OF_ONE),
+        "lookup of 256 ids": (jit.lookup, _ONE_PROGRAM, _ONE_PROGRAM // _IDS_A_WARP_OF_ONE),
+        "touch": (jit.touch, _TOUCH_BLOCK, _TOUCH_WARPS),
+        "claim": (jit.claim, _CLAIM_BLOCK, _CLAIM_WARPS),
+        "forget": (jit.forget, _FORGET_BLOCK, _FORGET_WARPS),
+    }
+    found = []
+    for name, (kernel, block, warps) in programs.items():
+        possible = {"BLOCK": block, "HAS_LIVE": True}
+        constants = {one: value for one, value in possible.items() if one in kernel.arg_names}
+        signature = {one: types[one] for one in kernel.arg_names if one not in constants}
+        found.append(Compilation(f"row cache, {name}", kernel, signature, constants, warps))
+    return found
+
+
+AOT = _compilations()

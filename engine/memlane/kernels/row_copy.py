@@ -17,10 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memlane.kernels.aot import Compilation
 from memlane.kernels.jit import row_copy as jit
 from memlane.kernels.row_memory import ALIGNMENT, RowMemory
 
-__all__ = ["copy_rows"]
+__all__ = ["AOT", "copy_rows"]
 
 _PROGRAMS = 128
 _WARPS = 4
@@ -64,14 +65,7 @@ def copy_rows(
         _as_units(dest.data, dtype),
         dest_slots,
         count,
-        SOURCE_STRIDE=shape.source_stride,
-        DEST_STRIDE=shape.dest_stride,
-        LENGTH=shape.length,
-        VECTOR=ALIGNMENT // shape.unit,
-        SHIFTED=shape.shifted,
-        PIECES=shape.pieces,
-        PIECE=shape.piece,
-        ROWS=shape.rows,
+        **_constants(shape),
         num_warps=_WARPS,
     )
 
@@ -100,3 +94,37 @@ def _shape(source_stride: int, dest_stride: int) -> _Shape:
 
 def _as_units(data: Tensor, dtype: torch.dtype) -> Tensor:
     return data.view(-1).view(dtype)
+
+
+def _constants(shape: _Shape) -> dict[str, int]:
+    return {
+        "SOURCE_STRIDE": shape.source_stride,
+        "DEST_STRIDE": shape.dest_stride,
+        "LENGTH": shape.length,
+        "VECTOR": ALIGNMENT // shape.unit,
+        "SHIFTED": shape.shifted,
+        "PIECES": shape.pieces,
+        "PIECE": shape.piece,
+        "ROWS": shape.rows,
+    }
+
+
+def _compilations() -> list[Compilation]:
+    """Rows of 1,024 columns: bf16, int8 and int4 as files hold them, and one of an odd number of bytes."""
+    pointers = {4: "*i32", 2: "*i16", 1: "*u8"}
+    found = []
+    for source, dest in ((2048, 2048), (1040, 1040), (1026, 1040), (514, 528), (67, 80)):
+        shape = _shape(source, dest)
+        signature = {
+            "source": pointers[shape.unit],
+            "source_rows": "*i64",
+            "dest": pointers[shape.unit],
+            "dest_slots": "*i32",
+            "count": "*i64",
+        }
+        name = f"copy of rows of {source} bytes into {dest}"
+        found.append(Compilation(name, jit.copy_rows, signature, _constants(shape), _WARPS))
+    return found
+
+
+AOT = _compilations()

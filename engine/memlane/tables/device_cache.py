@@ -25,6 +25,7 @@ from memlane.kernels.row_memory import device_stride
 __all__ = ["CacheCounters", "DeviceRowCache", "LookupBuffers", "plan"]
 
 _WORD_BYTES = 8
+_PROBES = 4  # of scratch, WAYS rows each, before a row is read in place: looking on costs as much as reading
 _WARM_IDS = 16_384  # rows brought at once when warming
 
 
@@ -77,17 +78,18 @@ class DeviceRowCache:
         *,
         sets: int,
         scratch: int = 0,
+        in_place: bool = True,
         device: torch.device | str = "cpu",
         interpreted: bool = False,
     ) -> None:
         """A cache of sets * WAYS rows of a table [rows, width] whose rows are `stride` bytes without padding.
 
-        scratch: rows that each open lookup may have beyond those, for what finds no way in its set. Sources that kernels
-        cannot read in place need as much as a lookup has ids. interpreted: on a CPU, run the kernels all the same
-        (Triton's interpreter must be on).
+        scratch: rows that each open lookup may have beyond those, for what finds no way in its set. in_place: whether rows
+        may be left to be read where they lie. Where not, as much scratch as a lookup has ids holds them all, whatever
+        they are. interpreted: on a CPU, run the kernels all the same (Triton's interpreter must be on).
         """
         self.rows = rows
-        self.state = CacheState.empty(sets, scratch, device)
+        self.state = CacheState.empty(sets, scratch, device, _PROBES if in_place else None)
         arena = torch.empty(self.state.words.numel(), device_stride(stride), dtype=torch.uint8, device=device)
         self.memory = RowMemory(arena, row_format, width)
         self._kernels = _kernels(interpreted or torch.device(device).type == "cuda")
@@ -122,7 +124,7 @@ class DeviceRowCache:
         """ids int32 or int64 [n] -> buffers: a slot for each, and the rows to be brought before they are used.
 
         Ids are rows of the table; nobody checks. open_lookups: 2 where the lookup before this one is still open, so that
-        its rows are not evicted either. live int64 [1]: ids from there on are padding, copies of others, not counted.
+        its rows are not evicted either; what that one missed counts as a hit in this one, so bring it first. live int64 [1]: ids from there on are padding, copies of others, not counted.
         ValueError if the buffers are for another number of ids.
         """
         if len(buffers.slots) != len(ids):
@@ -163,7 +165,7 @@ class DeviceRowCache:
         rows = rows[: self.slots]
         counters, device = self.counters.clone(), self.memory.data.device
         for end in range(len(rows), 0, -_WARM_IDS):
-            ids = torch.from_numpy(rows[max(0, end - _WARM_IDS) : end]).to(device)
+            ids = torch.tensor(rows[max(0, end - _WARM_IDS) : end], device=device)
             buffers = self.buffers(len(ids))
             self.lookup(ids, buffers)
             self.fill(source, buffers)

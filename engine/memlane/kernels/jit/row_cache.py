@@ -142,7 +142,7 @@ def _take(words, windows, rows, wanted, locked_age, now):
 
 
 @triton.jit
-def _claim(words, rows, slot, now, sets, buckets, open_lookups):
+def _claim(words, rows, slot, now, sets, buckets, probes, open_lookups):
     """Slots for the ids that touch left open (slot < 0).
 
     -> slot, still ~row where there is no way and no scratch; won: the id is the one to list its row as missing;
@@ -161,8 +161,9 @@ def _claim(words, rows, slot, now, sets, buckets, open_lookups):
         conflict = conflict | full
         open_ids = open_ids & (way < 0) & ~full
 
-    # Scratch: buckets probed in one order from the row's own on. Even and odd lookups have their own.
-    open_ids = conflict & (buckets > 0)
+    # Scratch: buckets probed in one order from the row's own on, so many and no more: where a whole prompt finds scratch
+    # full, each of its rows would look through all of it. Even and odd lookups have their own.
+    open_ids = conflict & (probes > 0)
     first = sets + (now & 1).to(tl.int32) * buckets
     bucket = (_mix(_mix(rows.to(tl.uint32))) % tl.maximum(buckets, 1).to(tl.uint32)).to(tl.int32)
     tried = tl.zeros_like(bucket)
@@ -171,7 +172,7 @@ def _claim(words, rows, slot, now, sets, buckets, open_lookups):
         slot = tl.where(way >= 0, (first + bucket) * WAYS + way, slot)
         won = won | took
         tried += full.to(tl.int32)
-        open_ids = open_ids & (way < 0) & (tried < buckets)
+        open_ids = open_ids & (way < 0) & (tried < probes)
         bucket = tl.where(full, bucket + 1, bucket)
         bucket = tl.where(bucket == buckets, 0, bucket)
     return slot, won, conflict, evicted
@@ -251,9 +252,9 @@ def touch(
         _rejuvenate(words, windows, now)
 
 
-@triton.jit(do_not_specialize=["n", "sets", "buckets", "open_lookups"])
+@triton.jit(do_not_specialize=["n", "sets", "buckets", "probes", "open_lookups"])
 def claim(
-    words, clock, counters, ids, live, slots, miss_rows, miss_slots, miss_count, n, sets, buckets, open_lookups,
+    words, clock, counters, ids, live, slots, miss_rows, miss_slots, miss_count, n, sets, buckets, probes, open_lookups,
     HAS_LIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -264,7 +265,7 @@ def claim(
     if tl.min(slot, axis=0) < 0:
         rows = tl.load(ids + at, mask=inside, other=0).to(tl.int64)
         live_ids = _live(live, n, HAS_LIVE)
-        slot, won, conflict, evicted = _claim(words, rows, slot, now, sets, buckets, open_lookups)
+        slot, won, conflict, evicted = _claim(words, rows, slot, now, sets, buckets, probes, open_lookups)
         tl.store(slots + at, slot, mask=inside)
         _list_misses(miss_rows, miss_slots, miss_count, rows, slot, won)
         _count_claim(counters, inside & (at < live_ids), slot, won, conflict, evicted)
@@ -272,9 +273,9 @@ def claim(
         tl.store(clock, now)
 
 
-@triton.jit(do_not_specialize=["n", "sets", "buckets", "open_lookups"])
+@triton.jit(do_not_specialize=["n", "sets", "buckets", "probes", "open_lookups"])
 def lookup(
-    words, clock, counters, ids, live, slots, miss_rows, miss_slots, miss_count, n, sets, buckets, open_lookups,
+    words, clock, counters, ids, live, slots, miss_rows, miss_slots, miss_count, n, sets, buckets, probes, open_lookups,
     HAS_LIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """touch and claim of all ids in one program."""
@@ -293,7 +294,7 @@ def lookup(
     tl.store(clock + 1, now)
     slot = tl.where(inside, slot, 0)
     if tl.min(slot, axis=0) < 0:
-        slot, won, conflict, evicted = _claim(words, rows, slot, now, sets, buckets, open_lookups)
+        slot, won, conflict, evicted = _claim(words, rows, slot, now, sets, buckets, probes, open_lookups)
         _list_misses(miss_rows, miss_slots, miss_count, rows, slot, won)
         _count_claim(counters, asked, slot, won, conflict, evicted)
     tl.store(slots + at, slot, mask=inside)

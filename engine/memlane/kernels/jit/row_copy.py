@@ -25,7 +25,8 @@ def copy_rows(
     listed = tl.load(count)
     column = tl.arange(0, PIECE)
     items = tl.cdiv(listed, ROWS) * PIECES
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+    item = tl.program_id(0)
+    while item < items:
         at = (item // PIECES) * ROWS + tl.arange(0, ROWS)
         wanted = at < listed
         row = tl.load(source_rows + at, mask=wanted, other=0).to(tl.int64)
@@ -52,3 +53,4 @@ def copy_rows(
                 eviction_policy="evict_first",
             )
             tl.store(dest + (slot * DEST_STRIDE)[:, None] + position[None, :], value, mask=within)
+        item += tl.num_programs(0)
