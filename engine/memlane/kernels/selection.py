@@ -1,65 +1,139 @@
-"""Product-key selection on half scores: launches kernels/jit/selection.py."""
+"""Product-key selection on half scores: launches kernels/jit/selection.py. Its twin is models/product_keys.py.
+
+Nothing here waits for the device, so launches can be captured; the table of rank pairs of a k goes to the device at the
+first launch, which must not be a captured one.
+"""
 
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memlane.kernels.jit import selection as jit
 
-__all__ = ["MAX_K", "choose", "select"]
+__all__ = ["AOT", "Chosen", "Compilation", "choose", "fits", "select"]
 
-MAX_K = 128
+_MAX_K = 128  # about k ln k pairs lie in registers
+_MAX_KEYS = 65536  # of a half: a row id has 32 bits
+
+# Numbers that a word of the kernel's tiles has bits for: fewer lanes would not do.
+_WORD = 32
 
 
-def select(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    ids, sums = _launch(scores[:, None], k, None, softmax=False)
-    return ids, sums
+class Chosen(NamedTuple):
+    """Rows, best first: ids int64, values fp32 (scores or weights)."""
+
+    ids: Tensor
+    values: Tensor
 
 
-def choose(scores: Tensor, k: int, log_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+class Compilation(NamedTuple):
+    """A kernel as it is launched, to be compiled without a device."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+
+
+def fits(n: int, k: int) -> bool:
+    """Whether there is a kernel for the k best of n * n rows."""
+    return 1 <= k <= min(n, _MAX_K) and n <= _MAX_KEYS
+
+
+def select(scores: Tensor, k: int) -> Chosen:
+    """scores fp32 [M, 2, N] of both halves -> the k best rows of each query, ids and scores [M, k].
+
+    As `select_reference`, bit for bit, where no score is NaN; a NaN still gives rows of the table. ValueError unless
+    `fits(N, k)`.
+    """
+    return _launch(scores.unsqueeze(1), k, None, softmax=False)
+
+
+def choose(scores: Tensor, k: int, log_scale: Tensor | None = None) -> Chosen:
+    """scores fp32 [T, H, 2, N] -> the rows that `select` gives and the softmax over each head's k scores, [T, H*k].
+
+    log_scale fp32 [H]: scores are multiplied by its exponential first. The keys of a half must lie one after another,
+    whatever the other strides. ValueError unless `fits(N, k)`.
+    """
     tokens, heads = scores.shape[:2]
     ids, weights = _launch(scores, k, log_scale, softmax=True)
-    return ids.view(tokens, heads * k), weights.view(tokens, heads * k)
+    return Chosen(ids.view(tokens, heads * k), weights.view(tokens, heads * k))
 
 
-def _shape(n, k, warps=None):
-    kp = max(2, 1 << (k - 1).bit_length())
-    pairs = sum(k // (a + 1) for a in range(k))
-    tile = max(128, 1 << (n - 1).bit_length())
-    lanes = max(32, tile // 32)
-    pair_tile = max(128, 1 << (pairs - 1).bit_length())
-    pair_lanes = max(32, pair_tile // 32)
-    return dict(
-        N=n, K=k, KP=kp, TILE=tile, LANES=lanes, PAIRS=pairs, PAIR_TILE=pair_tile, PAIR_LANES=pair_lanes
-    ), warps or max(1, min(32, lanes // 32))
-
-
-def _launch(scores, k, log_scale, softmax):
-    tokens, heads, _, n = scores.shape
+def _launch(scores: Tensor, k: int, log_scale: Tensor | None, *, softmax: bool) -> Chosen:
+    if scores.dtype != torch.float32:
+        raise TypeError(f"scores must be fp32, not {scores.dtype}")
+    tokens, heads, halves, n = scores.shape
+    if halves != 2 or not fits(n, k):
+        raise ValueError(f"cannot choose {k} rows by scores of {list(scores.shape)}")
+    if scores.stride(3) != 1:
+        scores = scores.contiguous()
     ids = torch.empty(tokens * heads, k, dtype=torch.int64, device=scores.device)
-    out = torch.empty(tokens * heads, k, dtype=torch.float32, device=scores.device)
-    sizes, warps = _shape(n, k)
+    values = torch.empty(tokens * heads, k, dtype=torch.float32, device=scores.device)
     if tokens * heads:
         jit.choose[(tokens * heads,)](
             scores,
             _rank_pairs(k, str(scores.device)),
-            log_scale if log_scale is not None else out,
+            values if log_scale is None else log_scale.detach(),
             ids,
-            out,
+            values,
             heads,
             *scores.stride()[:3],
             SOFTMAX=softmax,
             SCALED=log_scale is not None,
-            num_warps=warps,
-            **sizes,
+            num_warps=_warps(n, k),
+            **_constants(n, k),
         )
-    return ids, out
+    return Chosen(ids, values)
+
+
+def _constants(n: int, k: int) -> dict[str, int]:
+    pairs = len(_pairs(k))
+    tile, pair_tile = _power_of_two(n, 128), _power_of_two(pairs, 128)
+    return {
+        "N": n,
+        "K": k,
+        "SLOTS": _power_of_two(k, 2),
+        "TILE": tile,
+        "LANES": max(32, tile // _WORD),
+        "PAIRS": pairs,
+        "PAIR_TILE": pair_tile,
+        "PAIR_LANES": max(32, pair_tile // _WORD),
+    }
+
+
+def _warps(n: int, k: int) -> int:
+    """A thread keeps 32 numbers of both halves: no more registers than there are, and one warp needs no barriers."""
+    return min(32, max(1, _power_of_two(n, 128) // (32 * _WORD)))
+
+
+def _power_of_two(n: int, least: int) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=16)
+def _pairs(k: int) -> list[int]:
+    """Pairs of ranks that can be among the best k, as rank0 | rank1 << 16."""
+    return [first | second << 16 for first in range(k) for second in range(k // (first + 1))]
 
 
 @functools.lru_cache(maxsize=16)
 def _rank_pairs(k: int, device: str) -> Tensor:
-    pairs = [a | b << 16 for a in range(k) for b in range(k // (a + 1))]
-    return torch.tensor(pairs, dtype=torch.int32, device=device)
+    return torch.tensor(_pairs(k), dtype=torch.int32, device=device)
+
+
+def _compilation(n: int, k: int) -> Compilation:
+    pointers = {"scores": "*fp32", "pairs": "*i32", "log_scale": "*fp32", "ids": "*i64", "out": "*fp32"}
+    numbers = dict.fromkeys(("heads", "stride_token", "stride_head", "stride_half"), "i32")
+    constants = {**_constants(n, k), "SOFTMAX": True, "SCALED": True}
+    return Compilation(
+        f"choose {k} of {n}**2", jit.choose, {**pointers, **numbers}, constants, _warps(n, k)
+    )
+
+
+AOT = [_compilation(n, k) for n, k in ((256, 8), (1024, 32), (1024, 128), (4096, 32))]

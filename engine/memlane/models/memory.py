@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from memlane.models.config import MemoryConfig
 from memlane.models.layers import Linear, linear
-from memlane.models.product_keys import Selection, search
+from memlane.models.product_keys import Choice, Selection, choose, ieee_products, search
 from memlane.tables.protocol import Lookup, Table
 
 __all__ = ["MemoryLayer", "Pending", "PendingMemory", "Prepared"]
@@ -125,19 +125,19 @@ class MemoryLayer(nn.Module):
             out = self._project(lookups[0].weighted_sum(weights), prepared.swilu, x.dtype)
         return out if prepared.gate is None else out * prepared.gate
 
-    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, x: Tensor) -> Choice:
         """x [T, D] -> the ids int64 and softmax weights fp32 of the rows to read, both [T, H*K], heads one after another."""
-        chosen = self.select(x)
-        scores = chosen.scores
-        if self.log_score_scale is not None:
-            scores = scores * self.log_score_scale.exp()[:, None]
-        return chosen.ids.flatten(1), torch.softmax(scores, dim=-1).flatten(1)
+        return choose(self._query(x), self.keys, self.config.knn, self.log_score_scale)
 
     def select(self, x: Tensor) -> Selection:
         """x [T, D] -> row ids int64 and raw scores fp32, both [T, H, K], best first."""
-        query = linear(x.float(), self.query.weight, self.query.bias)
-        query = query.view(-1, self.config.num_heads, 2, self.config.key_dim // 2)
-        return search(query, self.keys, self.config.knn)
+        return search(self._query(x), self.keys, self.config.knn)
+
+    def _query(self, x: Tensor) -> Tensor:
+        """x [T, D] -> fp32 [T, H, 2, Q/2]"""
+        with ieee_products(x.device):
+            query = linear(x.float(), self.query.weight, self.query.bias)
+        return query.view(-1, self.config.num_heads, 2, self.config.key_dim // 2)
 
     def _project(self, bag: Tensor, swilu: Tensor | None, dtype: torch.dtype) -> Tensor:
         """bag fp32 [T, width], swilu [T, width] -> [T, D] in that dtype; the product with silu is rounded once."""

@@ -11,6 +11,8 @@ among sums. (Product keys: Lample et al. 2019, "Large Memory Layers with Product
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -18,7 +20,17 @@ from torch import Tensor
 
 from memlane.native import kernel_variant, search_product_keys, select_product_keys
 
-__all__ = ["Selection", "search", "search_reference", "select", "select_reference"]
+__all__ = [
+    "Choice",
+    "Selection",
+    "choose",
+    "choose_reference",
+    "ieee_products",
+    "search",
+    "search_reference",
+    "select",
+    "select_reference",
+]
 
 _LOW = 0xFFFFFFFF
 
@@ -32,6 +44,54 @@ class Selection(NamedTuple):
 
     ids: Tensor
     scores: Tensor
+
+
+class Choice(NamedTuple):
+    """Rows to read for each token, heads one after another. ids int64 [T, H*k], weights fp32 [T, H*k]."""
+
+    ids: Tensor
+    weights: Tensor
+
+
+@contextmanager
+def ieee_products(device: torch.device) -> Iterator[None]:
+    """Matrix products of fp32 are of fp32 within, whatever the process allows elsewhere: TF32 keeps 10 bits, which flips
+    near-ties. Not for two threads at once; a CPU is left as it is."""
+    if device.type != "cuda":
+        yield
+        return
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def choose(query: Tensor, keys: Tensor, k: int, log_scale: Tensor | None = None) -> Choice:
+    """The k best rows by score = query . key and the softmax of score * exp(log_scale), head by head.
+
+    query fp32 [T, H, 2, W], keys fp32 [H, 2, N, W], log_scale fp32 [H]. On a GPU, without gradients, a product and one
+    kernel.
+    """
+    differentiable = torch.is_grad_enabled() and any(
+        one is not None and one.requires_grad for one in (query, keys, log_scale)
+    )
+    if differentiable or not _has_kernel(query, keys.shape[2], k):
+        return choose_reference(query, keys, k, log_scale)
+    from memlane.kernels import selection  # brings Triton
+
+    parts = [selection.choose(scores, k, log_scale) for scores in _half_scores(query, keys)]
+    return Choice(*map(_joined, zip(*parts, strict=True)))
+
+
+def choose_reference(query: Tensor, keys: Tensor, k: int, log_scale: Tensor | None = None) -> Choice:
+    """The torch twin of `choose`: `search`, then a softmax. Differentiable."""
+    ids, scores = search(query, keys, k)
+    if log_scale is not None:
+        scores = scores * log_scale.exp()[:, None]
+    return Choice(ids.flatten(1), torch.softmax(scores, dim=-1).flatten(1))
 
 
 def search(query: Tensor, keys: Tensor, k: int) -> Selection:
@@ -49,17 +109,35 @@ def search(query: Tensor, keys: Tensor, k: int) -> Selection:
 
 def search_reference(query: Tensor, keys: Tensor, k: int) -> Selection:
     """The torch twin of `search`, on any device, differentiable. Its scores are torch's own products."""
+    heads, n = query.shape[1], keys.shape[2]
+    parts = [select(scores.reshape(-1, 2, n), k) for scores in _half_scores(query, keys)]
+    ids, scores = map(_joined, zip(*parts, strict=True))
+    return Selection(ids.view(-1, heads, k), scores.view(-1, heads, k))
+
+
+def _half_scores(query: Tensor, keys: Tensor) -> Iterator[Tensor]:
+    """The scores of all sub-keys, some tokens at a time: [t, H, 2, N], laid out as the product leaves them."""
     tokens, heads, _, width = query.shape
     n = keys.shape[2]
     planes = query.reshape(tokens, heads * 2, width).transpose(0, 1)  # [H*2, T, W]
     keys = keys.flatten(0, 1).transpose(1, 2)  # [H*2, W, N]
     step = max(1, tokens if torch.is_grad_enabled() else _SCORE_BYTES // (heads * 2 * n * 4))
-    parts = [
-        select(torch.bmm(part, keys).transpose(0, 1).reshape(-1, 2, n), k)
-        for part in torch.split(planes, step, dim=1)
-    ]
-    ids, scores = (torch.cat(p) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
-    return Selection(ids.view(-1, heads, k), scores.view(-1, heads, k))
+    for part in torch.split(planes, step, dim=1):
+        with ieee_products(part.device):
+            scores = torch.bmm(part, keys)
+        yield scores.view(heads, 2, -1, n).permute(2, 0, 1, 3)
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _has_kernel(scores: Tensor, n: int, k: int) -> bool:
+    if scores.device.type != "cuda":
+        return False
+    from memlane.kernels import selection  # brings Triton
+
+    return selection.fits(n, k)
 
 
 def select(scores: Tensor, k: int) -> Selection:
@@ -70,6 +148,10 @@ def select(scores: Tensor, k: int) -> Selection:
     detached = scores.detach()
     if detached.device.type == "cpu":
         chosen = Selection(*select_product_keys(detached, k))
+    elif _has_kernel(detached, detached.shape[-1], k):
+        from memlane.kernels import selection  # brings Triton
+
+        chosen = Selection(*selection.select(detached, k))
     else:
         chosen = select_reference(detached, k)
     if not (scores.requires_grad and torch.is_grad_enabled()):

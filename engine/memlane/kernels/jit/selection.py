@@ -40,7 +40,8 @@ def _clamped(x):
 @triton.jit
 def _count(mask):
     """[R, H, L, 4] -> int32 [H]"""
-    return tl.sum(tl.sum(tl.sum(mask.to(tl.int32), 3), 0), 1)
+    ones = tl.where(mask, 1.0, 0.0)
+    return tl.sum(tl.sum(tl.sum(ones, 3), 0).to(tl.int32), 1)
 
 
 @triton.jit
@@ -102,8 +103,8 @@ def _reaching(x, labels, valid, K: tl.constexpr, VALID: tl.constexpr):
 
 
 @triton.jit
-def _positions(words, KP: tl.constexpr, BITS: tl.constexpr):
-    """Where the first KP set bits of words [H, L] are: positions int32 [H, KP], those past the last bit anywhere."""
+def _positions(words, SLOTS: tl.constexpr, BITS: tl.constexpr):
+    """Where the first SLOTS set bits of words [H, L] are: positions int32 [H, SLOTS], those past the last bit anywhere."""
     H: tl.constexpr = words.shape[0]
     L: tl.constexpr = words.shape[1]
     words = words.to(tl.uint32, bitcast=True)
@@ -112,8 +113,8 @@ def _positions(words, KP: tl.constexpr, BITS: tl.constexpr):
     bytes = (fours + (fours >> 4)) & 0x0F0F0F0F
     counts = ((bytes * 0x01010101) >> 24).to(tl.int32)
     ends = tl.cumsum(counts, 1)
-    rank = tl.zeros([H, KP], tl.int32) + tl.arange(0, KP)[None, :]
-    lane = tl.zeros([H, KP], tl.int32)
+    rank = tl.zeros([H, SLOTS], tl.int32) + tl.arange(0, SLOTS)[None, :]
+    lane = tl.zeros([H, SLOTS], tl.int32)
     for i in tl.static_range(1, 17):  # the first word that ends behind this rank
         if (L >> i) > 0:
             lane += tl.where(tl.gather(ends, lane + ((L >> i) - 1), 1) <= rank, L >> i, 0)
@@ -122,7 +123,7 @@ def _positions(words, KP: tl.constexpr, BITS: tl.constexpr):
     pairs = word - ((word >> 1) & 0x55555555)
     fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
     bytes = (fours + (fours >> 4)) & 0x0F0F0F0F
-    bit = tl.zeros([H, KP], tl.int32)
+    bit = tl.zeros([H, SLOTS], tl.int32)
     if BITS > 16:
         below = ((bytes + (bytes >> 8)) & 0x1F).to(tl.int32)
         bit += tl.where(rank >= below, 16, 0)
@@ -155,16 +156,16 @@ def _exchanged(x, DISTANCE: tl.constexpr, UP: tl.constexpr):
 
 @triton.jit
 def _sorted(x):
-    """int64 [H, KP], each row descending (bitonic: Batcher 1968)."""
+    """int64 [H, SLOTS], each row descending (bitonic: Batcher 1968)."""
     H: tl.constexpr = x.shape[0]
-    KP: tl.constexpr = x.shape[1]
-    flat = tl.reshape(x, [H * KP])
+    SLOTS: tl.constexpr = x.shape[1]
+    flat = tl.reshape(x, [H * SLOTS])
     for size in tl.static_range(1, 17):
-        if (1 << size) <= KP:
+        if (1 << size) <= SLOTS:
             for step in tl.static_range(1, 17):
                 if step <= size:
-                    flat = _exchanged(flat, 1 << (size - step), 0 if (1 << size) == KP else 1 << size)
-    return tl.reshape(flat, [H, KP])
+                    flat = _exchanged(flat, 1 << (size - step), 0 if (1 << size) == SLOTS else 1 << size)
+    return tl.reshape(flat, [H, SLOTS])
 
 
 @triton.jit
@@ -187,7 +188,7 @@ def choose(
     stride_half,
     N: tl.constexpr,
     K: tl.constexpr,
-    KP: tl.constexpr,  # K rounded up to a power of two
+    SLOTS: tl.constexpr,  # K rounded up to a power of two
     TILE: tl.constexpr,  # N rounded up
     LANES: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -200,18 +201,21 @@ def choose(
     head = query % heads
     scores += (query // heads).to(tl.int64) * stride_token + head.to(tl.int64) * stride_head
     ROWS: tl.constexpr = TILE // (LANES * 4)
-    row = tl.arange(0, ROWS)[:, None, None, None]
-    half = tl.arange(0, 2)[None, :, None, None]
-    lane = tl.arange(0, LANES)[None, None, :, None]
-    position = row * (LANES * 4) + lane * 4 + tl.arange(0, 4)[None, None, None, :]
-    at = scores + half.to(tl.int64) * stride_half + position
+    # Loaded as a matrix whose rows are neighbours: that lays whole vectors, then lanes, along a row.
+    line = tl.arange(0, ROWS * 2)[:, None]
+    column = tl.arange(0, LANES * 4)[None, :]
+    position = (line >> 1) * (LANES * 4) + column
+    at = scores + (line & 1).to(tl.int64) * stride_half + position
     if N == TILE:
         x = tl.load(at)
     else:
         x = tl.load(at, mask=position < N, other=float("-inf"))
+    tile: tl.constexpr = (ROWS, 2, LANES, 4)
+    x = tl.reshape(x, tile)
+    position = tl.reshape(tl.broadcast_to(position, (ROWS * 2, LANES * 4)), tile)
     words = _reaching(x, position, position < N, K, N)
-    keys = _positions(words, KP, ROWS * 4)
-    rank = tl.arange(0, KP)
+    keys = _positions(words, SLOTS, ROWS * 4)
+    rank = tl.arange(0, SLOTS)
     used = rank < K
     keys = tl.where(used[None, :], keys, 0)
     half_scores = tl.load(scores + tl.arange(0, 2).to(tl.int64)[:, None] * stride_half + keys)
@@ -230,9 +234,9 @@ def choose(
     shape: tl.constexpr = (PAIR_ROWS, 1, PAIR_LANES, 4)
     valid = tl.reshape(pair < PAIRS, shape)
     words = _reaching(tl.reshape(sums, shape), tl.reshape(labels, shape), valid, K, PAIRS)
-    winner = tl.reshape(_positions(words, KP, PAIR_ROWS * 4), [KP])
+    winner = tl.reshape(_positions(words, SLOTS, PAIR_ROWS * 4), [SLOTS])
     chosen = _packed(tl.gather(sums, winner, 0), tl.gather(rows, winner, 0), used)
-    chosen = _LOW - (tl.reshape(_sorted(tl.reshape(chosen, [1, KP])), [KP]) & _LOW)
+    chosen = _LOW - (tl.reshape(_sorted(tl.reshape(chosen, [1, SLOTS])), [SLOTS]) & _LOW)
     chosen = tl.where(used, chosen, 0)
 
     key0 = chosen.to(tl.uint32) // N
