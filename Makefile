@@ -12,10 +12,10 @@ TORCH ?= torch==2.13.0
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint fmt bench docs clean
+.PHONY: help serve test lint fmt bench gpu-check docs clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/torch.done:
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +57,10 @@ fmt: $(VENV)/dev.done ## format the code
 
 bench: $(VENV)/dev.done ## measure; results go to benchmarks/results
 	$(BIN)/python benchmarks/run.py
+
+# The machine's own python3, which has torch for its GPU; nothing is downloaded. Wheels it lacks: deploy/gpu/wheels.sh.
+gpu-check: ## check and measure the GPU path, without internet, in under 9 minutes
+	$(PYTHON) benchmarks/gpu_check.py
 
 clean: ## remove the environment and build outputs
 	rm -rf $(VENV) build dist

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,9 +17,11 @@ import torch
 from mounts import mounted
 from sharing import PIECES, STRIDE, User, digest
 
+import memlane
+from memlane import LLM, SamplingParams
 from memlane.tables import TableError, TableLayout, write_table
 from memlane.tables.host_rows import HostRows
-from memlane.tables.shared_memory import SharedMemory
+from memlane.tables.shared_memory import SHM, SharedMemory
 from memlane.tables.source import FileSource
 
 ROWS, WIDTH = 3000, 64
@@ -141,7 +144,7 @@ def test_a_forked_child_takes_nothing_along(start: Start, shm: Path, layout: Tab
 def test_the_end_of_a_process_closes(shm: Path) -> None:
     code = f"""
 from pathlib import Path
-from memlane.tables.shared_memory import SharedMemory
+from memlane.tables.shared_memory import SHM, SharedMemory
 memory = SharedMemory("key", 10, lambda arena: None, "memory", Path({str(shm)!r}))
 assert memory.path.exists()
 """
@@ -238,3 +241,19 @@ def test_what_nobody_uses_makes_room(start: Start, layout: TableLayout, small: P
     assert left(small) == in_use
     user.close()
     assert not left(small)
+
+
+def test_two_models_share_their_tables(tmp_path: Path) -> None:
+    """The option reaches the tables; in the machine's own /dev/shm."""
+    demo = shutil.copytree(Path(memlane.__file__).parent / "demo", tmp_path / "demo")
+    before = set(left(SHM))
+    with (
+        LLM(demo, placement="host", shared_tables=True) as first,
+        LLM(demo, placement="host", shared_tables=True) as second,
+    ):
+        (new,) = set(left(SHM)) - before
+        assert new.startswith(f"memlane-{os.geteuid()}-")
+        params = SamplingParams(temperature=0, max_tokens=16)
+        answers = [m.generate(["What is U+2603?"], params, use_tqdm=False) for m in (first, second)]
+        assert [a[0].outputs[0].text for a in answers] == ["SNOWMAN"] * 2
+    assert set(left(SHM)) == before
