@@ -11,7 +11,6 @@ import random
 from typing import Any
 
 import pytest
-import tape
 import tiny
 import torch
 from slow import SlowTable

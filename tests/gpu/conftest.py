@@ -1,0 +1,11 @@
+"""Tests of GPU code: on a GPU where there is one, else small and on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
