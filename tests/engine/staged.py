@@ -41,7 +41,7 @@ class StagedTable:
 class StagedLookup:
     def __init__(self, table: StagedTable, ids: Tensor) -> None:
         self._table, self._ids = table, ids
-        self._staging = torch.full((*ids.shape, table.width), float("nan"))
+        self._staging = torch.full((*ids.shape, table.width), float("nan"), device=ids.device)
         self._fetched = False
 
     def fetch(self) -> None:

@@ -28,7 +28,7 @@ _capturing = False
 
 def capturing() -> bool:
     """As torch.cuda.is_current_stream_capturing."""
-    return _capturing
+    return _capturing or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def tensors(values: Any) -> list[Tensor]:
@@ -71,7 +71,7 @@ class _Recorder(CapturableOnly):
 
 
 class TapeCapture:
-    """A memlane.runner.graphs.Capture. failing: batches whose capture breaks in its middle, as where memory runs out."""
+    """A memlane.runner.graphs.Capture. captured: graphs made; replayed: how often any of them was."""
 
     nbytes = 0
 
