@@ -64,7 +64,9 @@ class Engine:
         )
         cache = KVCache(self.model.config, kv.blocks, choices.block_size, weights.dtype, self.device)
         self.decode_split = DecodeSplit(self._stall_seconds)
-        self.runner = Runner(self.model.transformer, cache, self.decode_split.wanted, attention)
+        self.runner = Runner(
+            self.model.transformer, cache, self.decode_split.wanted, attention, self._most_half()
+        )
         if self.device.type == "cuda":
             self._prepare_gpu()
         self.sequences: dict[str, Sequence] = {}  # accepted and not ended
@@ -276,6 +278,12 @@ class Engine:
             cut="disk" in placements,
             halves=bool(placements & {"host", "disk"}),
         )
+
+    def _most_half(self) -> int | None:
+        """Tokens of one half of a step: two lookups of a table can be open only if each takes its ids in one part."""
+        memory = self.model.config.memory
+        limits = [t.most_ids for t in self.model.tables.values() if t.most_ids is not None]
+        return min(limits) // memory.rows_per_token if limits and memory is not None else None
 
     def _abandon_rows(self) -> None:
         """A step broke off: another half of it may have taken slots for rows that nobody will bring."""

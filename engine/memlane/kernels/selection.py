@@ -131,9 +131,7 @@ def _compilation(n: int, k: int) -> Compilation:
     pointers = {"scores": "*fp32", "pairs": "*i32", "log_scale": "*fp32", "ids": "*i64", "out": "*fp32"}
     numbers = dict.fromkeys(("heads", "stride_token", "stride_head", "stride_half"), "i32")
     constants = {**_constants(n, k), "SOFTMAX": True, "SCALED": True}
-    return Compilation(
-        f"choose {k} of {n}**2", jit.choose, {**pointers, **numbers}, constants, _warps(n, k)
-    )
+    return Compilation(f"choose {k} of {n}**2", jit.choose, {**pointers, **numbers}, constants, _warps(n, k))
 
 
 AOT = [_compilation(n, k) for n, k in ((256, 8), (1024, 32), (1024, 128), (4096, 32))]

@@ -36,13 +36,15 @@ class Runner:
         kv: KVCache,
         split_decode: Callable[[int], bool] = _never,
         attention: AttentionBackend | None = None,
+        most_half: int | None = None,
     ) -> None:
         """split_decode: whether a step of so many single tokens, and nothing else, is to run as two halves.
-        attention: what computes it (SdpaBackend)."""
+        attention: what computes it (SdpaBackend). most_half: tokens of a half at most, where tables have such a limit."""
         self.transformer, self.kv = transformer, kv
         self.device = kv.layers[0].device
         self.split_decode = split_decode
         self.attention = attention or SdpaBackend()
+        self._most_half = most_half
         self.decode: DecodeGraphs | None = None  # see `pad_decodes`
 
     @torch.inference_mode()
@@ -83,13 +85,15 @@ class Runner:
     def splits(self, plan: StepPlan) -> bool:
         """Whether the plan is run as two halves.
 
-        Where there is a prompt in it, that depends on the plan alone: the same answers, bit by bit, wherever rows lie.
+        Where there is a prompt in it, that depends on the plan alone, except for tables with such a limit: the same answers,
+        bit by bit, wherever rows lie.
         """
         if self.transformer.config.memory is None:
             return False
         if plan.all_single:
             return plan.singles > 1 and self.split_decode(plan.singles)
-        return plan.tokens >= 2 * halves.MIN_TOKENS
+        fits = self._most_half is None or plan.tokens - plan.tokens // 2 <= self._most_half
+        return plan.tokens >= 2 * halves.MIN_TOKENS and fits
 
     @torch.inference_mode()
     def clear(self, blocks: Sequence[int]) -> None:

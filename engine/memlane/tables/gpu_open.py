@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _SCRATCH_ROWS = 16_384
 _WORD_BYTES = 8
+_USUAL = Reading()
 
 
 class GpuTableOptions(NamedTuple):
@@ -44,7 +45,7 @@ class GpuTableOptions(NamedTuple):
 def open_gpu_table(
     layout: TableLayout,
     options: GpuTableOptions,
-    reading: Reading = Reading(),
+    reading: Reading = _USUAL,
     ram_cache_bytes: int = 64 << 20,
 ) -> GpuTable:
     """Opens a table for a GPU (or, with the kernels' twins, for the CPU: for tests).
@@ -113,6 +114,7 @@ def _cache(layout: TableLayout, options: GpuTableOptions) -> DeviceRowCache:
         layout.width,
         sets=sets,
         scratch=scratch,
+        in_place=options.placement == "host",
         device=options.device,
     )
     logger.info(

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from memlane.kernels import RowMemory
 from memlane.tables.device_cache import CacheCounters, DeviceRowCache, LookupBuffers
-from memlane.tables.errors import RowReadError
+from memlane.tables.errors import RowReadError, TableError
 from memlane.tables.host_rows import HostRows
 from memlane.tables.layout import TableLayout
 from memlane.tables.lookup import TableLookup
@@ -158,7 +158,8 @@ class _Cached:
         self.layout, self.cache = layout, cache
         self.device = device
         self.side = SideStream(device)
-        self.open = 0  # lookups begun and not closed
+        self._begun = 0  # lookups, each named by its number
+        self._open: list[int] = []
         self._peeking = threading.Lock()
         self._peek = new_stream(device)
         self._peeked = host_buffer((len(cache.counters),), torch.int64, device)
@@ -174,10 +175,25 @@ class _Cached:
             miss_count=torch.empty(1, dtype=torch.int64, device=self.device),
         )
 
-    def look_up(self, ids: Tensor, buffers: LookupBuffers) -> None:
-        """Slots for ids, and what is missing. Rows of lookups that are still open stay where they are."""
-        self.open += 1
-        self.cache.lookup(ids, buffers, self.open, self.live)
+    def look_up(self, ids: Tensor, buffers: LookupBuffers) -> int:
+        """Slots for ids, and what is missing. Rows of lookups that are still open stay where they are.
+
+        Returns the lookup's number, for `ended`. TableError if the cache cannot hold on to what is open: the latest two
+        lookups have scratch and keep their rows, and no others.
+        """
+        span = self._begun + 2 - min(self._open, default=self._begun + 1)
+        if span > 2:
+            raise TableError(
+                f"table {self.layout.name!r}: a lookup is open that is not one of the latest two"
+            )
+        self._begun += 1
+        self._open.append(self._begun)
+        self.cache.lookup(ids, buffers, span, self.live)
+        return self._begun
+
+    def ended(self, number: int) -> None:
+        """Nothing that is launched from now on reads that lookup's rows."""
+        self._open.remove(number)
 
     def counts(self) -> CacheCounters:
         """What the cache has counted; waits for none of what the main stream has to do. Any thread."""
@@ -242,7 +258,7 @@ class _HostRows:
         self.near = store.cache.memory
         self.far: RowMemory | None = store.memory
         self._buffers = store.buffers(len(ids))
-        store.look_up(ids, self._buffers)
+        self._number = store.look_up(ids, self._buffers)
         self.slots = self._buffers.slots
         self._closed = self._joined = False
         with store.side.branch():
@@ -260,7 +276,7 @@ class _HostRows:
         if self._closed:
             return
         self._closed = True
-        self._store.open -= 1
+        self._store.ended(self._number)
         if not self._joined:
             self.wait()  # the side stream still writes into memory that is given back
 
@@ -324,7 +340,7 @@ class _DiskRows:
             miss_count=self._packet[:1], miss_rows=self._packet[1:]
         )
         self._host: _HostSide | None = None
-        store.look_up(ids, self._buffers)
+        self._number = store.look_up(ids, self._buffers)
         self.slots = self._buffers.slots
 
     @property
@@ -370,7 +386,7 @@ class _DiskRows:
         if self._closed:
             return
         self._closed = True
-        self._store.open -= 1
+        self._store.ended(self._number)
         if not self.fetched:
             self._store.abandon()  # slots were taken for rows that will not come
 

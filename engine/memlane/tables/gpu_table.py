@@ -62,6 +62,11 @@ class GpuTable:
         """The table that reads the file through a cache in RAM, where there is one."""
         return self.store.on_disk
 
+    @property
+    def most_ids(self) -> int | None:
+        """That a lookup can take in one part, None: any number. Lookups in parts must not be open beside others."""
+        return self.store.most_ids
+
     def begin(self, ids: Tensor) -> GpuLookup:
         """ids int32 or int64 [tokens, k] on the device: looks them up and starts what brings missing rows."""
         if self._closed:

@@ -281,6 +281,10 @@ class ValueTable:
         """This table if it reads a file through its cache; else there is nothing to warm."""
         return None if self.cache is None else self
 
+    @property
+    def most_ids(self) -> None:
+        """A lookup takes any number of ids, in parts where it must, whatever else is open."""
+
     def note_tokens(self, tokens: int) -> None:
         """Nothing: lookups are counted as they end."""
 
