@@ -1,5 +1,3 @@
-"""Tests of GPU code: on a GPU where there is one, else small and on the CPU."""
-
 from __future__ import annotations
 
 import pytest

@@ -53,7 +53,7 @@ class Sequence:
         self.share_prefix = share_prefix
 
         self.computed = 0  # tokens whose KV is in `blocks`
-        self.blocks: list[int] = []
+        self.blocks: list[int] = []  # only appended to: giving blocks up begins another list
         self.hashes: list[bytes] = []  # of the full blocks of token_ids, as far as they were needed
 
         self.cached_tokens = 0  # prompt tokens found in the prefix cache when first admitted

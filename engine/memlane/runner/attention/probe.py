@@ -90,8 +90,11 @@ def largest_difference(
             torch.randn(tokens, heads, config.head_dim, generator=generator).to(device, dtype)
             for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         )
-        got, wanted = (attention(0, q, k, v) for attention in pair)
-        worst = torch.maximum(worst, (got.float() - wanted.float()).abs().amax())
+        # Twice: looking everywhere, which shows a wrong block, and at itself, which shows a length that is one short.
+        itself = 4 * k.repeat_interleave(config.num_heads // config.num_kv_heads, dim=1)
+        for queries in (q, itself):
+            got, wanted = (attention(0, queries, k, v) for attention in pair)
+            worst = torch.maximum(worst, (got.float() - wanted.float()).abs().amax())
     return float(worst)
 
 
