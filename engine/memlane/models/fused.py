@@ -1,13 +1,16 @@
 """The dense parts of a block as few kernels: torch.compile over pure functions, compiled once and shared by all layers.
 
-                 plain torch on a GPU          compiled
-  project        norm 3, product 1, rotate 13  norm 1, product 1, rotate 1
-  feed_forward   product 1, add 1, norm 3,     product 1, add + norm 1,
-                 product 1, silu 2,            product 1, silu 1,
-                 product 1, add 1              product 1, add 1
+launches of a dense layer beside attention, as torch 2.13 generates code for compute capability 9.0:
+
+                 plain torch                 several tokens            a single one
+  project        norm 3, product, rotate 18  norm, product, rotate 2   norm, product, rotate
+  feed_forward   product, add, norm 3,       product, add + norm,      product, add + norm,
+                 product, silu 2,            product, silu,            product with the norm's scale,
+                 product, add                product, add              product with silu and add
+                                    about 34                     10                               7
 
 For a single token products are no matrix products but sums: inductor writes and tunes them itself, and joins what comes
-after them (the choice of gpt-fast, which reaches more of the memory's speed than cuBLAS does there).
+before and after them (as gpt-fast does: its config.coordinate_descent_tuning is what turns that on).
 
 Knows nothing of modules: `Block` calls these instead of its own, which stay the twin.
 """
