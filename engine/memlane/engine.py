@@ -98,8 +98,11 @@ class Engine:
         # Whose blocks are taken must not be computing: see `_retire`. And an end may spare it.
         if self._outstanding is not None and (self._outstanding.holds_up or self.scheduler.preempts):
             self._collect()
-        launch = self._launch(self.scheduler.schedule())
-        self._collect(launch)
+        plan = self.scheduler.schedule()
+        with self.decode_split.watch(plan):
+            launch = self._launch(plan)
+            if self.lookahead:
+                self._collect(launch)  # from one launch to the next it takes as long as the step before does
         self._book(launch)
         if not self.lookahead:
             self._collect()
@@ -217,8 +220,7 @@ class Engine:
         """Start the plan. Sequences that need rows that cannot be read fail; the others are started without them."""
         while True:
             try:
-                with self.decode_split.watch(plan):
-                    return Launch.start(self.runner, plan, self._outstanding)
+                return Launch.start(self.runner, plan, self._outstanding)
             except RowReadError as error:
                 logger.error("%s", error)
                 self._abandon_rows()
@@ -277,6 +279,7 @@ class Engine:
             CudaCapture(self.device) if graphs else None,
             cut="disk" in placements,
             halves=bool(placements & {"host", "disk"}),
+            split=self.decode_split.wanted,
         )
 
     def _most_half(self) -> int | None:

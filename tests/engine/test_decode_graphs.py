@@ -18,7 +18,7 @@ from staged import StagedTable
 from tape import CapturableOnly, TapeCapture
 from torch import Tensor
 
-from memlane.models import Transformer, memory, product_keys
+from memlane.models import Transformer, product_keys
 from memlane.models import layers as dense_layers
 from memlane.models.product_keys import Selection, select_reference
 from memlane.request import SamplingParams
@@ -62,7 +62,7 @@ def operations_of_torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         chosen = select_reference(scores.flatten(0, 1), k)
         return Selection(*(part.view(len(query), -1, k) for part in chosen))
 
-    monkeypatch.setattr(memory, "search", search)
+    monkeypatch.setattr(product_keys, "search", search)
     for module in (dense_layers, product_keys):
         monkeypatch.setattr(module, "kernel_variant", lambda: "scalar")
     monkeypatch.setattr(decode_graphs, "MIN_HALVES", 2)

@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -52,10 +52,11 @@ def ladder(most: int) -> list[int]:
 
 
 class _Key(NamedTuple):
-    """Rows of a batch, and positions that the longest of them may have."""
+    """Rows of a batch, positions that the longest of them may have, and whether it runs as two halves."""
 
     rows: int
     longest: int
+    halves: bool
 
 
 class _Set(NamedTuple):
@@ -78,11 +79,13 @@ class DecodeGraphs:
         *,
         cut: bool = False,
         halves: bool = False,
+        split: Callable[[int], bool] | None = None,
     ) -> None:
         """capture: how graphs are made; None to run eagerly. cut: one graph a piece, for tables that need the host in
-        between. halves: larger batches run as two halves in turns. Captures nothing yet."""
+        between. halves: larger batches run as two halves in turns; where `split` is given, those of which it says so, of
+        so many sequences, each time. Captures nothing yet."""
         self.transformer, self.kv, self.backend, self.batches = transformer, kv, backend, batches
-        self.cut, self.halves = cut, halves
+        self.cut, self.halves, self._split = cut, halves, split
         self.sizes = ladder(batches.rows)
         self._capture = capture
         device = kv.layers[0].device
@@ -102,8 +105,10 @@ class DecodeGraphs:
         started = time.perf_counter()
         for rows in reversed(self.sizes):  # what the largest left in the pool suffices for the others
             longest = self.backend.bound(1, self.batches.max_length)
+            ways = {self._in_halves(rows), self._in_halves(rows) and self._split is None}
             try:
-                self._set(_Key(rows, longest))
+                for halves in sorted(ways):
+                    self._set(_Key(rows, longest, halves))
             except RowReadError as error:
                 logger.warning("decode batches of %d are not captured yet: %s", rows, error)
         logger.info(
@@ -126,7 +131,8 @@ class DecodeGraphs:
         if previous is not None:
             self._previous[: len(previous)].copy_(previous)
         try:
-            key = _Key(rows, self.backend.bound(longest, self.batches.max_length))
+            halves = self._in_halves(rows) and (self._split is None or self._split(live))
+            key = _Key(rows, self.backend.bound(longest, self.batches.max_length), halves)
             found = self._set(key)
             for part in found.parts:
                 self.backend.prepare(part)
@@ -135,11 +141,15 @@ class DecodeGraphs:
             tokens = sorted({min(token, live - 1) for token in error.tokens})
             raise RowReadError(error.table, error.rows, error.reason, tokens) from None
 
+    def _in_halves(self, rows: int) -> bool:
+        """Whether batches of so many rows may run as two halves."""
+        return self.halves and rows >= MIN_HALVES
+
     def _set(self, key: _Key) -> _Set:
         """What runs batches of that key, captured now if it has not been."""
         if key not in self._sets:
-            batch = self.batches.batch(*key)
-            cuts = [0, key.rows // 2, key.rows] if self.halves and key.rows >= MIN_HALVES else [0, key.rows]
+            batch = self.batches.batch(key.rows, key.longest)
+            cuts = [0, key.rows // 2, key.rows] if key.halves else [0, key.rows]
             spans = list(pairwise(cuts))
             static = [batch] if len(spans) == 1 else [_rows(batch, *span) for span in spans]
             parts = []
@@ -157,7 +167,8 @@ class DecodeGraphs:
             except RuntimeError as error:  # torch's own, for whatever CUDA minds
                 logger.warning(
                     "decode batches of %d (to %d positions) run without graphs, they could not be captured: %s",
-                    *key,
+                    key.rows,
+                    key.longest,
                     error,
                 )
         return Eager(parts, self._tail)

@@ -73,12 +73,19 @@ class Runner:
         return self.transformer.logits(hidden)
 
     def pad_decodes(
-        self, sequences: int, max_length: int, capture: Capture | None, *, cut: bool, halves: bool
+        self,
+        sequences: int,
+        max_length: int,
+        capture: Capture | None,
+        *,
+        cut: bool,
+        halves: bool,
+        split: Callable[[int], bool] | None = None,
     ) -> None:
         """From now on run steps of up to so many single tokens, none beyond max_length, as DecodeGraphs does."""
         batches = DecodeBatches(sequences, max_length, self.kv.block_size, self.kv.sink, self.device)
         self.decode = DecodeGraphs(
-            self.transformer, self.kv, self.attention, batches, capture, cut=cut, halves=halves
+            self.transformer, self.kv, self.attention, batches, capture, cut=cut, halves=halves, split=split
         )
         self.decode.capture_all()
 

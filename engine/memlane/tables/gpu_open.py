@@ -14,6 +14,7 @@ from memlane.tables.gpu_stores import DeviceStore, DiskStore, HostStore, Store
 from memlane.tables.gpu_table import GpuTable
 from memlane.tables.host_rows import HostRows, row_pieces
 from memlane.tables.layout import TableLayout
+from memlane.tables.side_stream import link_speed
 from memlane.tables.source import FileSource
 from memlane.tables.table import MOST_ROWS, Placement, Reading, ValueTable
 
@@ -69,7 +70,7 @@ def _store(layout: TableLayout, options: GpuTableOptions, reading: Reading, ram_
     if options.placement == "disk":
         table = ValueTable.open(layout, "disk", ram_cache_bytes, **reading._asdict())
         try:
-            return DiskStore(layout, _cache(layout, options), table, device)
+            return DiskStore(layout, _cache(layout, options), table, device, link_speed(device))
         except BaseException:
             table.close()
             raise
@@ -83,7 +84,7 @@ def _store(layout: TableLayout, options: GpuTableOptions, reading: Reading, ram_
     try:
         if device.type == "cuda":
             host.pin(device)
-        return HostStore(layout, _cache(layout, options), host, device)
+        return HostStore(layout, _cache(layout, options), host, device, link_speed(device))
     except BaseException:
         host.close()
         raise

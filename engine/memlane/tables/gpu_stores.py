@@ -68,6 +68,10 @@ class Store(Protocol):
     on_disk: ValueTable | None
     most_ids: int | None  # that one lookup takes; None: any number
 
+    @property
+    def stall_seconds(self) -> float:
+        """As GpuTable has it."""
+
     def begin(self, ids: Tensor) -> StoredRows: ...
 
     def note_tokens(self, tokens: int) -> None: ...
@@ -113,6 +117,10 @@ class DeviceStore:
         self._reads_per_token = reads_per_token
         self._steps = self._tokens = 0
 
+    @property
+    def stall_seconds(self) -> float:
+        return 0.0
+
     def begin(self, ids: Tensor) -> StoredRows:
         return _Resident(self._memory, ids)
 
@@ -154,8 +162,9 @@ class DeviceStore:
 class _Cached:
     """What host and disk have in common: a row cache on the GPU, whose misses are filled on a side stream."""
 
-    def __init__(self, layout: TableLayout, cache: DeviceRowCache, device: torch.device) -> None:
-        self.layout, self.cache = layout, cache
+    def __init__(self, layout: TableLayout, cache: DeviceRowCache, device: torch.device, link: float) -> None:
+        """link: bytes a second from pinned host memory to the device."""
+        self.layout, self.cache, self._link = layout, cache, link
         self.device = device
         self.side = SideStream(device)
         self._begun = 0  # lookups, each named by its number
@@ -204,6 +213,12 @@ class _Cached:
                 self._peeked.copy_(self.cache.counters, non_blocking=True)
             self._peek.synchronize()
             return CacheCounters.of(self._peeked)
+
+    @property
+    def stall_seconds(self) -> float:
+        """What the link alone took for the rows that were missing."""
+        c = self.counts()
+        return (c.num_unique_misses + c.num_in_place_misses) * self.layout.stride / self._link
 
     def note_tokens(self, tokens: int) -> None:
         """The cache counts for itself, on the GPU."""
@@ -289,10 +304,10 @@ class HostStore(_Cached):
     most_ids: int | None = None
 
     def __init__(
-        self, layout: TableLayout, cache: DeviceRowCache, host: HostRows, device: torch.device
+        self, layout: TableLayout, cache: DeviceRowCache, host: HostRows, device: torch.device, link: float
     ) -> None:
         """Owns `host`, whose memory is pinned where the device is a GPU."""
-        super().__init__(layout, cache, device)
+        super().__init__(layout, cache, device, link)
         self._host = host
         self.memory = host.memory
 
@@ -397,10 +412,10 @@ class DiskStore(_Cached):
     placement: Placement = "disk"
 
     def __init__(
-        self, layout: TableLayout, cache: DeviceRowCache, table: ValueTable, device: torch.device
+        self, layout: TableLayout, cache: DeviceRowCache, table: ValueTable, device: torch.device, link: float
     ) -> None:
         """Owns `table`, a table on disk with a cache."""
-        super().__init__(layout, cache, device)
+        super().__init__(layout, cache, device, link)
         assert table.cache is not None, "a table on disk has a cache"
         self.on_disk: ValueTable | None = table
         self.most_ids: int | None = cache.scratch
@@ -413,6 +428,11 @@ class DiskStore(_Cached):
             arena[: rows * layout.stride].view(rows, layout.stride), layout.dtype.value, layout.width
         )
         self._held: deque[tuple[TableLookup, Mark]] = deque()  # rows in RAM that the GPU may still be copying
+
+    @property
+    def stall_seconds(self) -> float:
+        assert self.on_disk is not None
+        return super().stall_seconds + self.on_disk.stall_seconds
 
     def begin(self, ids: Tensor) -> StoredRows:
         return _DiskRows(self, ids)

@@ -115,8 +115,8 @@ class GpuTable:
 
     @property
     def stall_seconds(self) -> float:
-        """Time in which the processor could do nothing but wait for reads of rows."""
-        return 0.0 if self.on_disk is None else self.on_disk.stall_seconds
+        """Time for which missing rows were waited for, or would have been had nothing else been done meanwhile."""
+        return self.store.stall_seconds
 
     def note_tokens(self, tokens: int) -> None:
         """So many tokens were computed with this table: what replayed graphs read is not seen otherwise."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-__all__ = ["Mark", "SideStream", "host_buffer", "new_stream"]
+__all__ = ["Mark", "SideStream", "host_buffer", "link_speed", "new_stream"]
+
+_LINK_BYTES = 64 << 20
 
 Mark = torch.cuda.Event | None  # a point on a stream; None on the CPU, where all points have been passed
 
@@ -48,3 +52,19 @@ def new_stream(device: torch.device) -> torch.cuda.Stream | None:
 def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory of the host, uninitialised; pinned where `device` is a GPU."""
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+@functools.cache
+def link_speed(device: torch.device) -> float:
+    """Bytes a second that a copy from pinned host memory moves; infinity for the CPU, where there is no link."""
+    if device.type != "cuda":
+        return math.inf
+    host = host_buffer((_LINK_BYTES,), torch.uint8, device)
+    there = torch.empty_like(host, device=device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    for _ in range(2):  # the first one warms up
+        begin.record()
+        there.copy_(host, non_blocking=True)
+        end.record()
+    end.synchronize()
+    return 1e3 * _LINK_BYTES / float(begin.elapsed_time(end))
