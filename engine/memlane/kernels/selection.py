@@ -38,6 +38,7 @@ class Compilation(NamedTuple):
     signature: dict[str, str]
     constants: dict[str, Any]
     num_warps: int
+    maxnreg: int | None = None
 
 
 def fits(n: int, k: int) -> bool:
@@ -76,40 +77,50 @@ def _launch(scores: Tensor, k: int, log_scale: Tensor | None, *, softmax: bool) 
     ids = torch.empty(tokens * heads, k, dtype=torch.int64, device=scores.device)
     values = torch.empty(tokens * heads, k, dtype=torch.float32, device=scores.device)
     if tokens * heads:
+        constants = _constants(n, k)
+        kept = torch.empty(tokens * heads, constants["KEPT"], dtype=torch.int64, device=scores.device)
         jit.choose[(tokens * heads,)](
             scores,
             _rank_pairs(k, str(scores.device)),
             values if log_scale is None else log_scale.detach(),
             ids,
             values,
+            kept,
             heads,
             *scores.stride()[:3],
             SOFTMAX=softmax,
             SCALED=log_scale is not None,
-            num_warps=_warps(n, k),
-            **_constants(n, k),
+            **constants,
+            **_options(n, k),
         )
     return Chosen(ids, values)
 
 
 def _constants(n: int, k: int) -> dict[str, int]:
     pairs = len(_pairs(k))
-    tile, pair_tile = _power_of_two(n, 128), _power_of_two(pairs, 128)
+    tile, pair_tile, slots = _power_of_two(n, 128), _power_of_two(pairs, 128), _power_of_two(k, 2)
+    lanes, pair_lanes = max(32, tile // _WORD), max(32, pair_tile // _WORD)
+    alone = _options(n, k)["num_warps"] == 1
     return {
         "N": n,
         "K": k,
-        "SLOTS": _power_of_two(k, 2),
+        "SLOTS": slots,
         "TILE": tile,
-        "LANES": max(32, tile // _WORD),
+        "LANES": lanes,
         "PAIRS": pairs,
         "PAIR_TILE": pair_tile,
-        "PAIR_LANES": max(32, pair_tile // _WORD),
+        "PAIR_LANES": pair_lanes,
+        # words and counts of both halves; later the best of both and words and counts of pairs
+        "KEPT": 0 if alone else max(2 * lanes, 2 * slots + pair_lanes),
+        "ALONE": alone,
     }
 
 
-def _warps(n: int, k: int) -> int:
-    """A thread keeps 32 numbers of both halves: no more registers than there are, and one warp needs no barriers."""
-    return min(32, max(1, _power_of_two(n, 128) // (32 * _WORD)))
+def _options(n: int, k: int) -> dict[str, int]:
+    """A thread keeps 32 numbers of each half; pairs of more than 64 rows are shared by four warps."""
+    warps = min(32, max(1, _power_of_two(n, 128) // (32 * _WORD), 4 * (k > 64)))
+    # Without spills, and room for 16 warps. Halves that no vector load fits need an address a number.
+    return {"num_warps": warps, "maxnreg": 128} if warps <= 16 and n % 16 == 0 else {"num_warps": warps}
 
 
 def _power_of_two(n: int, least: int) -> int:
@@ -128,10 +139,20 @@ def _rank_pairs(k: int, device: str) -> Tensor:
 
 
 def _compilation(n: int, k: int) -> Compilation:
-    pointers = {"scores": "*fp32", "pairs": "*i32", "log_scale": "*fp32", "ids": "*i64", "out": "*fp32"}
-    numbers = dict.fromkeys(("heads", "stride_token", "stride_head", "stride_half"), "i32")
-    constants = {**_constants(n, k), "SOFTMAX": True, "SCALED": True}
-    return Compilation(f"choose {k} of {n}**2", jit.choose, {**pointers, **numbers}, constants, _warps(n, k))
+    pointers = {
+        "scores": "*fp32",
+        "pairs": "*i32",
+        "log_scale": "*fp32",
+        "ids": "*i64",
+        "out": "*fp32",
+        "kept": "*i64",
+    }
+    # Strides as a product of 256 tokens leaves them: constants, since that they are multiples of 16 is what counts.
+    strides = {"stride_token": n, "stride_head": 2 * 256 * n, "stride_half": 256 * n}
+    constants = {**_constants(n, k), **strides, "SOFTMAX": True, "SCALED": True}
+    return Compilation(
+        f"choose {k} of {n}**2", jit.choose, {**pointers, "heads": "i32"}, constants, **_options(n, k)
+    )
 
 
 AOT = [_compilation(n, k) for n, k in ((256, 8), (1024, 32), (1024, 128), (4096, 32))]

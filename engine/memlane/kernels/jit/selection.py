@@ -10,6 +10,12 @@ A tile of numbers lies so that a thread holds whole words of bits, and everythin
 
 Finding the k largest by bisection over the bits of a threshold, with counts, takes two instructions a number and step;
 sorting only what is left is cheap. What ties at the threshold is cut by a second bisection, over labels.
+
+Instructions of a query, N = 1,024, k = 32, nine steps of either bisection (sm_90, counted in the machine code):
+
+    one warp     3.3 k, no barrier, no shared memory: 166 a step for both halves    <- taken
+    two warps    5.0 k, half of them each
+    four warps   8.8 k, a quarter of them each
 """
 
 import triton
@@ -40,7 +46,7 @@ def _clamped(x):
 @triton.jit
 def _count(mask):
     """[R, H, L, 4] -> int32 [H]"""
-    ones = tl.where(mask, 1.0, 0.0)
+    ones = tl.where(mask, 1.0, 0.0)  # exact; sums of int32 would become selects and moves, 1.5 times as many
     return tl.sum(tl.sum(tl.sum(ones, 3), 0).to(tl.int32), 1)
 
 
@@ -103,26 +109,51 @@ def _reaching(x, labels, valid, K: tl.constexpr, VALID: tl.constexpr):
 
 
 @triton.jit
-def _positions(words, SLOTS: tl.constexpr, BITS: tl.constexpr):
+def _keep(x, kept):
+    """Puts x [A, B] where every warp of the program can read it."""
+    A: tl.constexpr = x.shape[0]
+    B: tl.constexpr = x.shape[1]
+    tl.debug_barrier()  # what was there has been read
+    tl.store(kept + tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :], x)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _take(x, kept, index, ALONE: tl.constexpr):
+    """x[a, index[a, b]]. One warp asks its lanes; Triton 3.6 fails to compile gathers by several, which read what was
+    kept."""
+    if ALONE:
+        return tl.gather(x, index, 1)
+    A: tl.constexpr = x.shape[0]
+    B: tl.constexpr = x.shape[1]
+    return tl.load(kept + tl.arange(0, A)[:, None] * B + index)
+
+
+@triton.jit
+def _positions(words, kept, SLOTS: tl.constexpr, BITS: tl.constexpr, ALONE: tl.constexpr):
     """Where the first SLOTS set bits of words [H, L] are: positions int32 [H, SLOTS], those past the last bit anywhere."""
     H: tl.constexpr = words.shape[0]
     L: tl.constexpr = words.shape[1]
-    words = words.to(tl.uint32, bitcast=True)
-    pairs = words - ((words >> 1) & 0x55555555)
+    bits = words.to(tl.uint32, bitcast=True)
+    pairs = bits - ((bits >> 1) & 0x55555555)
     fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
     bytes = (fours + (fours >> 4)) & 0x0F0F0F0F
     counts = ((bytes * 0x01010101) >> 24).to(tl.int32)
     ends = tl.cumsum(counts, 1)
+    if not ALONE:
+        _keep(ends, kept)
+        _keep(words, kept + H * L)
     rank = tl.zeros([H, SLOTS], tl.int32) + tl.arange(0, SLOTS)[None, :]
     lane = tl.zeros([H, SLOTS], tl.int32)
     for i in tl.static_range(1, 17):  # the first word that ends behind this rank
         if (L >> i) > 0:
-            lane += tl.where(tl.gather(ends, lane + ((L >> i) - 1), 1) <= rank, L >> i, 0)
-    word = tl.gather(words.to(tl.int32, bitcast=True), lane, 1).to(tl.uint32, bitcast=True)
-    rank -= tl.gather(ends - counts, lane, 1)
+            lane += tl.where(_take(ends, kept, lane + ((L >> i) - 1), ALONE) <= rank, L >> i, 0)
+    end = _take(ends, kept, lane, ALONE)
+    word = _take(words, kept + H * L, lane, ALONE).to(tl.uint32, bitcast=True)
     pairs = word - ((word >> 1) & 0x55555555)
     fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
     bytes = (fours + (fours >> 4)) & 0x0F0F0F0F
+    rank -= end - ((bytes * 0x01010101) >> 24).to(tl.int32)
     bit = tl.zeros([H, SLOTS], tl.int32)
     if BITS > 16:
         below = ((bytes + (bytes >> 8)) & 0x1F).to(tl.int32)
@@ -176,12 +207,28 @@ def _packed(score, label, used):
 
 
 @triton.jit
+def _pair_sums(best, kept, ranks, N: tl.constexpr, ALONE: tl.constexpr):
+    """best int64 [2, SLOTS] packed, ranks [P]: rank0 | rank1 << 16 -> sums fp32 [P], rows int64 [P]"""
+    SLOTS: tl.constexpr = best.shape[1]
+    if ALONE:
+        best0, best1 = tl.split(tl.permute(best, (1, 0)))
+        first = tl.gather(best0, ranks & 0xFFFF, 0)
+        second = tl.gather(best1, ranks >> 16, 0)
+    else:
+        first = tl.load(kept + (ranks & 0xFFFF))
+        second = tl.load(kept + SLOTS + (ranks >> 16))
+    sums = _value((first >> 32).to(tl.int32)) + _value((second >> 32).to(tl.int32))
+    return sums, ((first & _LOW) ^ _LOW) * N + ((second & _LOW) ^ _LOW)
+
+
+@triton.jit
 def choose(
     scores,  # fp32: query (token, head), half and key at these strides
     pairs,  # int32 [PAIRS]: rank0 | rank1 << 16
     log_scale,  # fp32 [heads], with SCALED
     ids,  # int64 [tokens * heads, K]
     out,  # fp32 [tokens * heads, K]: weights, or scores without SOFTMAX
+    kept,  # int64 [tokens * heads, KEPT], to write in; nothing where ALONE
     heads,
     stride_token,
     stride_head,
@@ -194,11 +241,15 @@ def choose(
     PAIRS: tl.constexpr,
     PAIR_TILE: tl.constexpr,
     PAIR_LANES: tl.constexpr,
+    KEPT: tl.constexpr,
+    ALONE: tl.constexpr,  # one warp
     SOFTMAX: tl.constexpr,
     SCALED: tl.constexpr,
 ):
     query = tl.program_id(0)
     head = query % heads
+    kept += query.to(tl.int64) * KEPT
+    kept_words = kept.to(tl.pointer_type(tl.int32))
     scores += (query // heads).to(tl.int64) * stride_token + head.to(tl.int64) * stride_head
     ROWS: tl.constexpr = TILE // (LANES * 4)
     # Loaded as a matrix whose rows are neighbours: that lays whole vectors, then lanes, along a row.
@@ -206,37 +257,33 @@ def choose(
     column = tl.arange(0, LANES * 4)[None, :]
     position = (line >> 1) * (LANES * 4) + column
     at = scores + (line & 1).to(tl.int64) * stride_half + position
-    if N == TILE:
-        x = tl.load(at)
-    else:
-        x = tl.load(at, mask=position < N, other=float("-inf"))
+    x = tl.load(at) if N == TILE else tl.load(at, mask=position < N, other=float("-inf"))
     tile: tl.constexpr = (ROWS, 2, LANES, 4)
     x = tl.reshape(x, tile)
     position = tl.reshape(tl.broadcast_to(position, (ROWS * 2, LANES * 4)), tile)
     words = _reaching(x, position, position < N, K, N)
-    keys = _positions(words, SLOTS, ROWS * 4)
+    keys = _positions(words, kept_words, SLOTS, ROWS * 4, ALONE)
     rank = tl.arange(0, SLOTS)
     used = rank < K
     keys = tl.where(used[None, :], keys, 0)
     half_scores = tl.load(scores + tl.arange(0, 2).to(tl.int64)[:, None] * stride_half + keys)
     best = _sorted(_packed(half_scores, keys, used[None, :]))
-    best0, best1 = tl.split(tl.permute(best, (1, 0)))
+    if not ALONE:
+        _keep(best, kept)
 
     pair = tl.arange(0, PAIR_TILE)
-    ranks = tl.load(pairs + pair, mask=pair < PAIRS, other=0)
-    first = tl.gather(best0, ranks & 0xFFFF, 0)
-    second = tl.gather(best1, ranks >> 16, 0)
-    sums = _value((first >> 32).to(tl.int32)) + _value((second >> 32).to(tl.int32))
+    sums, rows = _pair_sums(best, kept, tl.load(pairs + pair, mask=pair < PAIRS, other=0), N, ALONE)
     sums = tl.where(pair < PAIRS, sums, float("-inf"))
-    rows = (_LOW - (first & _LOW)) * N + (_LOW - (second & _LOW))
-    labels = (rows - 2**31).to(tl.int32)
     PAIR_ROWS: tl.constexpr = PAIR_TILE // (PAIR_LANES * 4)
     shape: tl.constexpr = (PAIR_ROWS, 1, PAIR_LANES, 4)
     valid = tl.reshape(pair < PAIRS, shape)
-    words = _reaching(tl.reshape(sums, shape), tl.reshape(labels, shape), valid, K, PAIRS)
-    winner = tl.reshape(_positions(words, SLOTS, PAIR_ROWS * 4), [SLOTS])
-    chosen = _packed(tl.gather(sums, winner, 0), tl.gather(rows, winner, 0), used)
-    chosen = _LOW - (tl.reshape(_sorted(tl.reshape(chosen, [1, SLOTS])), [SLOTS]) & _LOW)
+    labels = tl.reshape((rows - 2**31).to(tl.int32), shape)
+    words = _reaching(tl.reshape(sums, shape), labels, valid, K, PAIRS)
+    winner = tl.reshape(_positions(words, kept_words + 4 * SLOTS, SLOTS, PAIR_ROWS * 4, ALONE), [SLOTS])
+    ranks = tl.load(pairs + tl.where(used, winner, 0))
+    sums, rows = _pair_sums(best, kept, ranks, N, ALONE)
+    chosen = tl.reshape(_packed(sums, rows, used), [1, SLOTS])
+    chosen = _LOW - (tl.reshape(_sorted(chosen), [SLOTS]) & _LOW)
     chosen = tl.where(used, chosen, 0)
 
     key0 = chosen.to(tl.uint32) // N
