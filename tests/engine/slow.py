@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from memlane.tables import Lookup, RowReadError, Table
@@ -53,6 +54,9 @@ class SlowLookup:
     def dot(self, x: Tensor) -> Tensor:
         self._end()
         return self._table.table.dot(self._ids, x)
+
+    def activations(self, x: Tensor, weights: Tensor) -> Tensor:
+        return torch.nn.functional.gelu(self.dot(x)) * weights
 
     def fetch(self) -> None:
         pass

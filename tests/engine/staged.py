@@ -63,6 +63,9 @@ class StagedLookup:
     def dot(self, x: Tensor) -> Tensor:
         return (self._rows() * x[:, None]).sum(-1)
 
+    def activations(self, x: Tensor, weights: Tensor) -> Tensor:
+        return torch.nn.functional.gelu(self.dot(x)) * weights
+
     def close(self) -> None:
         self._table.events.append(("close", len(self._ids)))
 

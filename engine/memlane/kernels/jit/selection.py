@@ -72,7 +72,7 @@ def _reaching(x, labels, valid, K: tl.constexpr, VALID: tl.constexpr):
     """
     L: tl.constexpr = x.shape[2]
     # The k-th largest is at least the smallest of k group maxima: fewer bits to bisect.
-    least = tl.where(valid, x, float("inf")) if VALID < x.shape[0] * L * 4 else x
+    least = tl.where(valid, x, float("inf")) if x.shape[0] * L * 4 > VALID else x
     if K <= L and VALID >= L * 4:
         maxima = tl.max(tl.max(x, 3), 0)
         high = _clamped(tl.max(maxima, 1))
