@@ -2,9 +2,9 @@
 
 With lookahead the host plans a step, and gives it to the device, while the one before it runs:
 
-    device  │ step 1 ........... │ step 2 ........... │ step 3 ........... │
-    host    │ plan 2, launch 2 │ wait │ collect 1, book 2 │ plan 3, launch 3 │ wait │ collect 2, book 3 │ …
-                                  └─ until tokens 1 have arrived, which sets nothing back: step 2 is queued
+    device  │ step 1 ........................│ step 2 ................................│ step 3 ........
+    host    │ plan 2 │ launch 2 │ wait ......│ collect 1 │ book 2 │ plan 3 │ launch 3 │ wait │ collect 2
+                                                                   one call of Engine.step: └──────────── ends with book
 
     launch    the model over the plan, and the sampler over its logits; takes tokens that are still expected from the
               step before, on the device

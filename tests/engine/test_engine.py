@@ -64,6 +64,8 @@ def assert_idle(e: Engine) -> None:
         {"kv_blocks": 16, "prefix_caching": False, "max_num_batched_tokens": 5},
         {"split": True},
         {"split": True, "kv_blocks": 16, "max_num_batched_tokens": 11},
+        {"lookahead": True},
+        {"lookahead": True, "kv_blocks": 16, "max_num_batched_tokens": 11},
     ],
     ids=str,
 )
@@ -425,7 +427,7 @@ def test_nothing_that_is_not_finite_is_left_in_the_kv_cache(budget: int) -> None
 # --- random lives ---
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(10))
 def test_random_lives(seed: int) -> None:
     """Adds, aborts, faults and steps in any order: each accepted sequence ends once, and says what it should."""
     rng = random.Random(seed)
@@ -437,6 +439,7 @@ def test_random_lives(seed: int) -> None:
         max_num_seqs=rng.randint(1, 5),
         prefix_caching=rng.random() < 0.7,
         split=bool(seed % 2),
+        lookahead=seed >= 5,
     )
     prompts = [prompt(n, 50)[:n] for n in (1, 6, 13)] + [prompt(13, 50)[:9] + prompt(4, 51)]
     needed = sorted(faulty.rows_of(prompts[2]))

@@ -289,14 +289,18 @@ def test_logits_of_an_engine_whose_last_step_is_under_way() -> None:
     assert_idle(e)
 
 
-def test_fail_all_forgets_the_step_under_way() -> None:
+def test_fail_all_forgets_the_step_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose results may be what is broken: asking for them would break the next step too."""
     e = ahead()
     for name in ("aborted", "failed"):
         e.add(request(name, prompt(9)))
+    events = watch(e, monkeypatch)
     e.step()
     e.abort(["aborted"])
     assert [d.request_id for d in e.fail_all("lightning")] == ["failed"]
     assert_idle(e)
+    assert e.step() == []
+    assert [event for event, _ in events] == ["run"]
     assert answer(e, prompt(9)) == greedy_naive(prompt(9), 12)
 
 
@@ -317,6 +321,12 @@ def test_a_launch_that_breaks_loses_no_end(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 # --- faults ---
+
+
+def _clean(length: int, seed: int) -> list[int]:
+    """A prompt that the poisoned model answers as the healthy one does."""
+    candidates = (prompt(length, 100 * seed + i) for i in range(100))
+    return next(ids for ids in candidates if faulty.POISON not in ids + greedy_naive(ids, 12))
 
 
 def rows_of_token(ids: list[int], said: list[int]) -> set[int]:
@@ -375,20 +385,34 @@ def test_output_that_is_not_finite_fails_its_sequence_alone(budget: int) -> None
 
 @pytest.mark.parametrize("how", ["stop", "abort"])
 def test_what_is_not_finite_after_an_end_reaches_nobody(how: str) -> None:
-    """The stop token, or the prompt of an aborted sequence, is poison: it is computed, and its blocks soon used again."""
-    e = ahead(model=faulty.poisoned(), kv_blocks=7, prefix_caching=False)
-    others = [ids for i in range(60) if faulty.POISON not in (ids := prompt(7, i)) + greedy_naive(ids, 12)]
-    for i, ids in enumerate(others[:8]):
+    """The stop token, or the prompt of an aborted sequence, is poison: it is computed, and its block used again.
+
+    The others differ in length: what lies past the end of the shorter one is masked, and shows if it is not finite.
+    """
+    e = ahead(model=faulty.poisoned(), kv_blocks=12, prefix_caching=False)
+    for seed in range(6):
+        others = {"short": _clean(3, seed), "long": _clean(14, seed)}
         if how == "stop":
             e.add(request("sick", [1, 2], always(faulty.POISON, stop_token_ids=[faulty.POISON])))
         else:
             e.add(request("sick", [1, faulty.POISON]))
-        e.add(request("waits for its blocks", ids))
-        e.add(request("waits too", others[i + 1]))
-        deltas = e.step()
+        for name, ids in others.items():
+            e.add(request(name, ids))
+        assert e.step() == []
         if how == "abort":
-            deltas += e.abort(["sick"])
+            e.abort(["sick"])
         answers = run(e)
-        assert tokens(answers["waits for its blocks"]) == greedy_naive(ids, 12)
-        assert tokens(answers["waits too"]) == greedy_naive(others[i + 1], 12)
+        assert {n: tokens(answers[n]) for n in others} == {n: greedy_naive(p, 12) for n, p in others.items()}
         assert_idle(e)
+
+
+def test_a_failure_is_not_that_of_the_next_who_has_its_name() -> None:
+    """It was computing once more when it failed."""
+    e = ahead(model=faulty.poisoned())
+    e.add(request("a", [1, faulty.POISON]))
+    assert e.step() == []
+    e.add(request("b", ids := _clean(5, 0)))
+    assert [d.finish_reason for d in e.step()] == [FinishReason.ERROR]
+    e.add(request("a", ids))
+    answers = run(e)
+    assert tokens(answers["a"]) == tokens(answers["b"]) == greedy_naive(ids, 12)

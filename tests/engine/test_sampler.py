@@ -161,7 +161,7 @@ def test_the_twin_in_which_the_host_takes_part_agrees_bit_by_bit(seed: int) -> N
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses copies between devices for which the host would wait."""
+    """Refuses copies between devices for which the host would wait, and indexing that makes some."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -171,6 +171,10 @@ class NoWaiting(TorchDispatchMode):
             crosses = args[0].device != out.device
         elif func is torch.ops.aten.copy_.default:
             crosses, asks = args[0].device != args[1].device, asks or True in args[2:]
+        elif func is torch.ops.aten.index.Tensor:
+            crosses = (
+                args[0].device.type != "cpu"
+            )  # by a mask, whose size is asked for, or a list, which is copied
         assert asks or not crosses, f"the host waits for {func}"
         return out
 
@@ -196,6 +200,8 @@ def test_nothing_on_the_way_waits_for_the_device(monkeypatch: pytest.MonkeyPatch
             assert (pending.tokens.device.type, pending.tokens.shape) == ("meta", (len(some),))
         with pytest.raises(AssertionError, match="the host waits"):
             torch.empty(3).to("meta")
+        with pytest.raises(AssertionError, match="the host waits"):
+            torch.empty(3, device="meta")[[0, 2]]
         with pytest.raises(RuntimeError, match="meta"):
             torch.empty(3, device="meta").argmax().item()
 

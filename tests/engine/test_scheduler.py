@@ -275,6 +275,52 @@ def test_ends_of_a_sequence() -> None:
     assert seq.append(7) == (FinishReason.LENGTH, None)
 
 
+def test_a_sequence_is_planned_with_its_newest_token_expected_but_not_past_its_length() -> None:
+    s = scheduler()
+    a = sequence("a", [1, 2, 3], 2)
+    s.add(a)
+    s.commit(s.schedule().chunks[0])
+    a.expect(0)
+    (chunk,) = s.schedule().chunks
+    assert chunk == (a, 3, 1, True)
+    with pytest.raises(AssertionError, match="placeholder"):
+        s.commit(chunk)
+    a.append(4)
+    s.commit(chunk)
+    a.expect(0)
+    assert a.complete
+    assert s.schedule().chunks == []
+    s.check_integrity()
+    assert a.append(5) == (FinishReason.LENGTH, None)
+
+
+def test_who_is_retired_runs_no_more_and_keeps_its_blocks() -> None:
+    s = scheduler(seqs=1)
+    a, b = sequence("a", [1] * 5), sequence("b", [2] * 5)
+    s.add(a)
+    s.add(b)
+    step(s)
+    s.retire(a)
+    s.check_integrity()
+    assert [chunk.sequence for chunk in step(s).chunks] == [b]
+    assert (len(a.blocks), s.stats().running, s.stats().blocks_used) == (2, 1, 4)
+    assert len(s.finish(a)) == 1  # the other stays cached
+    s.check_integrity()
+    assert s.stats().blocks_used == 2
+
+
+def test_the_scheduler_says_beforehand_whether_it_will_preempt() -> None:
+    s = scheduler(blocks=4, prefix_caching=False)
+    for name, token in (("old", 1), ("young", 2)):
+        s.add(sequence(name, [token] * 7, 8))
+    said = []
+    while s.unfinished:
+        before, expected = s.stats().preemptions, s.preempts
+        step(s)
+        said.append((expected, s.stats().preemptions > before))
+    assert set(said) == {(False, False), (True, True)}
+
+
 def test_books_that_do_not_balance_are_noticed() -> None:
     s = scheduler()
     a = sequence("a", list(range(12)))

@@ -120,8 +120,9 @@ def failure(delta: TokenDelta) -> ErrorKind:
     return delta.failure.kind
 
 
-def test_answers_and_stats_while_it_answers() -> None:
-    with running(tiny.engine()) as it:
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_answers_and_stats_while_it_answers(lookahead: bool) -> None:
+    with running(tiny.engine(lookahead=lookahead)) as it:
         it.parent.send(*(request(f"{i}", prompt(9, i)) for i in range(3)))
         found = it.parent.answers(3)
         for i in range(3):
@@ -131,8 +132,9 @@ def test_answers_and_stats_while_it_answers() -> None:
         assert stats.prompt_tokens == 27
 
 
-def test_step_tokens_are_told_once() -> None:
-    with running(tiny.engine()) as it:
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_step_tokens_are_told_once(lookahead: bool) -> None:
+    with running(tiny.engine(lookahead=lookahead)) as it:
         it.parent.send(request("a", prompt(9)))
         told: list[int] = []
         while sum(told) < 9 + 11:

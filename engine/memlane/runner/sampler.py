@@ -114,39 +114,58 @@ def _choose(logits: Tensor, sequences: SequenceOf[Sequence | None]) -> Tensor:
     if not drawing:
         return logits.argmax(-1)
     wanting = [s for s in sequences if s is not None and not s.params.greedy]
-    parameters = _upload_parameters(drawing, wanting, logits.device)
+    parameters = _Parameters(drawing, wanting, logits.device)
     if len(drawing) == len(sequences):
         return _draw(logits, wanting, parameters)
-    drawn = _draw(logits.index_select(0, parameters.rows), wanting, parameters)
-    return logits.argmax(-1).index_copy_(0, parameters.rows, drawn)
+    rows = parameters.rows
+    drawn = _draw(logits.index_select(0, rows), wanting, parameters)
+    return logits.argmax(-1).index_copy_(0, rows, drawn)
 
 
-class _Parameters(NamedTuple):
-    """What draws depend on, on the device. rows: int64 [n], of the logits; the others [n, 1], of the dtype they are used in."""
+class _Parameters:
+    """What draws depend on, on the device: brought there in one copy, as fp64, which holds all of it exactly.
 
-    rows: Tensor
-    temperature: Tensor
-    min_p: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    at: Tensor
+    Each [n, 1] in the dtype that it is used in, except `rows`, int64 [n]: those of the logits.
+    """
 
+    def __init__(self, rows: list[int], sequences: SequenceOf[Sequence], device: torch.device) -> None:
+        p = [s.params for s in sequences]
+        columns: SequenceOf[SequenceOf[float]] = [
+            rows,
+            # No temperature below the least normal fp32: with the best logit at 0, the least ones then give 0 and -inf,
+            # never NaN.
+            [max(x.temperature, _LEAST) for x in p],
+            [x.min_p for x in p],
+            [x.top_k if x.top_k > 0 else 2**31 for x in p],
+            [x.top_p for x in p],
+            [uniform(s.seed, s.output_length) for s in sequences],
+        ]
+        self._packed = upload(columns, torch.float64, device).unsqueeze(-1)
 
-def _upload_parameters(rows: list[int], sequences: SequenceOf[Sequence], device: torch.device) -> _Parameters:
-    """In one copy: fp64 holds all of them exactly."""
-    p = [s.params for s in sequences]
-    values: SequenceOf[SequenceOf[float]] = [
-        rows,
-        # No temperature below the least normal fp32: with the best logit at 0, the least ones then give 0 and -inf,
-        # never NaN.
-        [max(x.temperature, _LEAST) for x in p],
-        [x.min_p for x in p],
-        [x.top_k if x.top_k > 0 else 2**31 for x in p],
-        [x.top_p for x in p],
-        [uniform(s.seed, s.output_length) for s in sequences],
-    ]
-    index, temperature, min_p, top_k, top_p, at = upload(values, torch.float64, device)[:, :, None]
-    return _Parameters(index[:, 0].long(), temperature.float(), min_p.float(), top_k.long(), top_p, at)
+    @property
+    def rows(self) -> Tensor:
+        return self._packed[0, :, 0].long()
+
+    @property
+    def temperature(self) -> Tensor:
+        return self._packed[1].float()
+
+    @property
+    def min_p(self) -> Tensor:
+        return self._packed[2].float()
+
+    @property
+    def top_k(self) -> Tensor:
+        return self._packed[3].long()
+
+    @property
+    def top_p(self) -> Tensor:
+        return self._packed[4]
+
+    @property
+    def at(self) -> Tensor:
+        """The numbers that draws take, in (0, 1)."""
+        return self._packed[5]
 
 
 def _draw(logits: Tensor, sequences: SequenceOf[Sequence], parameters: _Parameters) -> Tensor:

@@ -105,8 +105,8 @@ class Scheduler:
         """The chunk's KV is written and good: blocks it filled may be shared from now on."""
         sequence = chunk.sequence
         before = sequence.computed
+        assert sequence.token_ids[before + chunk.length - 1] >= 0, f"{sequence}: a placeholder is no token"
         sequence.computed = before + chunk.length
-        assert sequence.token_ids[sequence.computed - 1] >= 0, f"{sequence}: a placeholder counts as computed"
         sequence.prompt_tokens_computed += max(0, min(sequence.computed, sequence.prompt_length) - before)
         full = sequence.computed // self.block_size
         if self.prefix_caching and sequence.share_prefix and full > before // self.block_size:
