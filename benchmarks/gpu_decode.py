@@ -14,6 +14,7 @@ over the measured bandwidth of the link.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
@@ -31,7 +32,9 @@ from memlane.config import EngineConfig
 from memlane.engine import Engine
 from memlane.ipc import Add
 from memlane.models import MemoryConfig, ModelConfig
+from memlane.models.loading import GpuOptions, TableOptions, load_model
 from memlane.models.memory import MemoryLayer
+from memlane.models.product_keys import Choice
 from memlane.request import SamplingParams
 
 # Parts of the rows, hottest first, and the part of the reads that each takes.
@@ -68,21 +71,36 @@ def model(row_format: str, small: bool) -> ModelConfig:
 
 
 class SkewedRows:
-    """Takes the place of a layer's `choose`: it chooses, then other ids are read, from a list that the device steps through."""
+    """Takes the place of MemoryLayer.choose, before graphs are captured: a layer chooses, then other ids are read, from a
+    list that the device steps through. Prompts read what was chosen."""
 
-    def __init__(
-        self, layer: MemoryLayer, most_tokens: int, draws: int, device: torch.device, seed: int
-    ) -> None:
-        self._choose = layer.choose
-        k = layer.config.rows_per_token
-        ids = skewed_ids(layer.config.rows, (draws, most_tokens, k), seed)
-        self._ids, self._next = ids.to(device), torch.zeros(1, dtype=torch.int64, device=device)
+    def __init__(self, most_tokens: int, draws: int) -> None:
+        self._choose = MemoryLayer.choose
+        self._most_tokens, self._draws = most_tokens, draws
+        self._of: dict[MemoryLayer, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        ids, weights = self._choose(x)
-        drawn = self._ids.index_select(0, self._next)[0, : len(x)]
-        self._next.add_(1).remainder_(len(self._ids))
-        return drawn.to(ids.dtype), weights
+    def __enter__(self) -> None:
+        MemoryLayer.choose = lambda layer, x: self.choose(layer, x)  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        MemoryLayer.choose = self._choose  # type: ignore[method-assign]
+
+    def choose(self, layer: MemoryLayer, x: Tensor) -> Choice:
+        chosen = self._choose(layer, x)
+        if len(x) > self._most_tokens:
+            return chosen
+        ids, at = self._lists(layer, x.device)
+        drawn = ids.index_select(0, at)[0, : len(x)]
+        at.add_(1).remainder_(len(ids))
+        return Choice(drawn.to(chosen.ids.dtype), chosen.weights)
+
+    def _lists(self, layer: MemoryLayer, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Ids int64 [draws, most_tokens, k], and which of the draws is next; made at a layer's first step."""
+        if layer not in self._of:
+            shape = (self._draws, self._most_tokens, layer.config.rows_per_token)
+            ids = skewed_ids(layer.config.rows, shape, seed=len(self._of)).to(device)
+            self._of[layer] = ids, torch.zeros(1, dtype=torch.int64, device=device)
+        return self._of[layer]
 
 
 def skewed_ids(rows: int, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -147,17 +165,9 @@ def measure(
     directory: Path, placement: str, batches: list[int], size: Size, device: torch.device, bounds: Result
 ) -> list[Result]:
     """One engine, several batch sizes."""
-    config = EngineConfig(
-        model=str(directory), device=device.type, placement=placement, gpu_row_cache="10%" , row_cache="100%",
-        max_num_seqs=max(batches), max_model_len=256, dtype="bfloat16", warm_wait=False,
-        warm_start="off", kv_cache="auto",
-    )  # fmt: skip
-    engine = Engine(config)
+    engine = start(directory, placement, max(batches), device)
     results = []
     try:
-        layers = [m for m in engine.model.transformer.modules() if isinstance(m, MemoryLayer)]
-        for number, layer in enumerate(layers):
-            layer.choose = SkewedRows(layer, max(batches), size.draws, device, number)  # type: ignore[method-assign]
         weights = sum(p.numel() * p.element_size() for p in engine.model.transformer.parameters())
         memory = size.config.memory
         assert memory is not None
@@ -182,7 +192,24 @@ def measure(
             )
     finally:
         engine.close()
+        del engine  # with its KV and weights, before the next one asks what is free
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return results
+
+
+def start(directory: Path, placement: str, sequences: int, device: torch.device) -> Engine:
+    """An engine whose GPU cache holds 10 % of the table. On a CPU the kernels' twins run, to try this program."""
+    config = EngineConfig(
+        model=str(directory), device=device.type, placement=placement, gpu_row_cache="10%", row_cache="100%",
+        max_num_seqs=sequences, max_model_len=256, dtype="bfloat16", warm_start="off",
+    )  # fmt: skip
+    if device.type == "cuda":
+        return Engine(config)
+    gpu = GpuOptions(device, 1 << 20, sequences)
+    tables = TableOptions(placement=placement, cache_bytes=1 << 20, gpu=gpu)  # type: ignore[arg-type]
+    return Engine(config, load_model(directory, tables=tables, dtype="bfloat16"))
 
 
 def report(results: list[Result]) -> None:
@@ -227,7 +254,8 @@ def main(arguments: list[str] | None = None) -> None:
             path = Path(directory) / "model"
             write_random_model(path, config)
             for placement in PLACEMENTS:
-                found = measure(path, placement, options.batches, size, device, result["ceilings"])
+                with SkewedRows(max(options.batches), size.draws):
+                    found = measure(path, placement, options.batches, size, device, result["ceilings"])
                 result["decode"] += found
     report(result["decode"])
     finish(result, options.json)

@@ -226,7 +226,7 @@ def test_one_half_computes_while_rows_of_the_other_are_fetched() -> None:
     def watch(graph: Any, name: str) -> Any:
         return lambda: events.append(name) or graph()
 
-    found = made.decode._sets[4, LONGEST].captured  # type: ignore[union-attr, index]
+    found = made.decode._sets[4, LONGEST, True].captured  # type: ignore[union-attr, index]
     assert isinstance(found, Cut)
     assert found.pieces == 6
     for piece, name in zip(found._pieces, ("A1", "B1", "A2", "B2", "A3", "B3"), strict=True):

@@ -209,6 +209,12 @@ def test_an_engine_that_waits_for_rows_tries_halves() -> None:
         def stall_seconds(self) -> float:
             return perf_counter()
 
+        def note_tokens(self, tokens: int) -> None:
+            pass
+
+        def abandon(self) -> None:
+            pass
+
     e.model.tables["values"] = cast(Any, Waiting())
     for i in range(40):
         e.add(request(f"r{i}", prompt(1, i), tiny.greedy(max_tokens=20)))

@@ -79,7 +79,7 @@ def test_a_file_that_cannot_be_made_is_refused_before_loading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, says: str
 ) -> None:
     (tmp_path / "there").write_text("precious")
-    monkeypatch.setattr(engine_module, "_load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(engine_module, "start", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(ConfigError, match=rf"record_rows: .*{says}"):
         engine_module.Engine(EngineConfig(model="m", record_rows=str(tmp_path / file)))
     assert (tmp_path / "there").read_text() == "precious"

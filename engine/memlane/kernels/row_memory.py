@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["ALIGNMENT", "RowMemory", "device_stride"]
+__all__ = ["ALIGNMENT", "RowMemory", "device_stride", "without_rows"]
 
 ALIGNMENT = 16  # bytes: what one thread loads at once
 
@@ -21,6 +21,11 @@ class RowMemory(NamedTuple):
     data: Tensor
     row_format: str
     width: int
+
+
+def without_rows(memory: RowMemory) -> RowMemory:
+    """The same with no rows, and no hold on the memory they lay in."""
+    return memory._replace(data=memory.data.new_empty(0, memory.data.shape[1]))
 
 
 def device_stride(stride: int) -> int:

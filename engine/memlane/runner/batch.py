@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memlane.runner.transfer import upload
 from memlane.scheduler import StepPlan
 
-__all__ = ["Batch", "Prefill", "make_batch"]
+__all__ = ["Batch", "Prefill", "make_batch", "resolve"]
 
 
 class Prefill(NamedTuple):
@@ -67,10 +68,10 @@ def make_batch(
         lengths.append(stop)
         blocks.append(sequence.blocks[: -(-stop // block_size)])
         prefills.append(Prefill(begin, len(token_ids), chunk.start))
-    flat = torch.tensor([token_ids, positions, slots], dtype=torch.int64, device=device)
+    flat = upload([token_ids, positions, slots], torch.int64, torch.device(device))
     if min(token_ids, default=0) < 0:
         assert previous is not None, "a placeholder is no token"
-        flat[0] = _resolve(flat[0], previous)
+        flat[0] = resolve(flat[0], previous)
     return Batch(
         token_ids=flat[0],
         positions=flat[1],
@@ -82,6 +83,11 @@ def make_batch(
     )
 
 
-def _resolve(token_ids: Tensor, previous: Tensor) -> Tensor:
-    """token_ids int64 [T] with previous[row] in place of each -(row + 1), which in two's complement is ~row."""
-    return torch.where(token_ids < 0, previous.index_select(0, (~token_ids).clamp_(min=0)), token_ids)
+def resolve(token_ids: Tensor, previous: Tensor) -> Tensor:
+    """Token ids int64 [T], in which -(row + 1) stands for what the step before sampled: `previous` int64 [m] at that row.
+
+    Needs no host: may be captured in a graph.
+    """
+    # In two's complement it is ~row. Known tokens are looked up too, and that must not go astray.
+    rows = token_ids.bitwise_not().clamp_(0, len(previous) - 1)
+    return torch.where(token_ids < 0, previous.index_select(0, rows), token_ids)

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from memlane.scheduler import Sequence, StepPlan
 
-__all__ = ["DecodeBatch", "DecodeBatches", "resolve"]
+__all__ = ["DecodeBatch", "DecodeBatches"]
 
 
 @dataclass(frozen=True, eq=False)
 class DecodeBatch:
     """The first n rows, on the device; compared by identity. The same tensors in every step, with other numbers in them.
 
-    token_ids int64 [n]: where below 0, see `resolve`. positions, slots int64 [n]: as in Batch. lengths int32 [n]:
+    token_ids int64 [n]: where below 0, see `batch.resolve`. positions, slots int64 [n]: as in Batch. lengths int32 [n]:
     positions that a row sees, its own included. tables int32 [n, m]: the blocks that hold its first `longest` positions,
     each row padded with its own last block. longest: no row of a step that runs with this batch is longer.
     host_lengths, host_tables: lengths and tables on the host, for libraries that plan there.
@@ -46,16 +46,6 @@ class DecodeBatch:
     @property
     def n(self) -> int:
         return len(self.slots)
-
-
-def resolve(token_ids: Tensor, previous: Tensor) -> Tensor:
-    """Token ids int64 [n], in which -(row + 1) stands for what the step before sampled: `previous` [m] at that row.
-
-    Needs no host: may be captured in a graph.
-    """
-    # Known tokens are looked up too, and that must not go astray.
-    rows = (-1 - token_ids).clamp_(0, len(previous) - 1)
-    return torch.where(token_ids < 0, previous[rows].to(torch.int64), token_ids)
 
 
 class _Held(NamedTuple):

@@ -25,8 +25,9 @@ from memlane.models import Transformer
 from memlane.models.attention import Attention
 from memlane.models.pieces import Pieces
 from memlane.runner.attention.protocol import AttentionBackend
+from memlane.runner.batch import resolve
 from memlane.runner.captured import Captured, Cut, Eager, Part, Whole
-from memlane.runner.decode_batch import DecodeBatch, DecodeBatches, resolve
+from memlane.runner.decode_batch import DecodeBatch, DecodeBatches
 from memlane.runner.graphs import Capture
 from memlane.runner.kv import KVCache
 from memlane.scheduler import StepPlan

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from memlane.models import ModelConfig
+from memlane.runner.transfer import upload
 
 __all__ = ["KVCache"]
 
@@ -75,6 +76,6 @@ class KVCache:
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero these blocks. A masked position has weight 0, but 0 * NaN is NaN: leftovers must be finite."""
         if blocks:
-            index = torch.tensor(blocks, device=self.layers[0].device)
+            index = upload(blocks, torch.int64, self.layers[0].device)
             for layer in self.layers:
                 layer.index_fill_(0, index, 0.0)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from memlane.runner.batch import Batch, Prefill
 from memlane.runner.kv import KVCache
+from memlane.runner.transfer import upload
 
 __all__ = ["PagedAttention", "attend_singles", "seen_mask"]
 
@@ -75,7 +76,7 @@ class PagedAttention:
         return _hiding(hidden.triu_(prefill.start + 1), self.cache.dtype)
 
     def _tensor(self, numbers: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self._device)
+        return upload(numbers, torch.int64, self._device)
 
 
 class _Prefix(NamedTuple):

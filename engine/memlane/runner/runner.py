@@ -17,6 +17,7 @@ from memlane.runner.decode_batch import DecodeBatches
 from memlane.runner.decode_graphs import DecodeGraphs
 from memlane.runner.graphs import Capture
 from memlane.runner.kv import KVCache
+from memlane.runner.transfer import upload
 from memlane.scheduler import StepPlan
 from memlane.tables import RowReadError
 
@@ -69,7 +70,7 @@ class Runner:
             hidden = finish(self._pieces(plan, 0, previous))
         if not (plan.all_single or all_logits):
             ends = [end - 1 for end in accumulate(chunk.length for chunk in plan.chunks)]
-            hidden = hidden.index_select(0, torch.tensor(ends, device=self.device))
+            hidden = hidden.index_select(0, upload(ends, torch.int64, self.device))
         return self.transformer.logits(hidden)
 
     def pad_decodes(

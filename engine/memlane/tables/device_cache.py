@@ -20,7 +20,7 @@ from torch import Tensor
 
 from memlane.kernels import RowMemory, reference_cache
 from memlane.kernels.cache_state import COUNTERS, OLDEST, STAMP_BITS, WAYS, CacheState, LookupBuffers
-from memlane.kernels.row_memory import device_stride
+from memlane.kernels.row_memory import device_stride, without_rows
 
 __all__ = ["CacheCounters", "DeviceRowCache", "LookupBuffers", "plan"]
 
@@ -149,6 +149,10 @@ class DeviceRowCache:
     def clear(self) -> None:
         """Forgets every row. Counters go on."""
         self.state.words.zero_()
+
+    def close(self) -> None:
+        """Gives the memory of its rows back. Counters stay."""
+        self.memory = without_rows(self.memory)
 
     def abandon(self, buffers: LookupBuffers) -> None:
         """Forgets the rows that a lookup missed, because they cannot be brought: later lookups will miss them again.

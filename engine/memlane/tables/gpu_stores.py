@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memlane.kernels import RowMemory
+from memlane.kernels.row_memory import without_rows
 from memlane.tables.device_cache import CacheCounters, DeviceRowCache, LookupBuffers
 from memlane.tables.errors import RowReadError, TableError
 from memlane.tables.host_rows import HostRows
@@ -156,7 +157,7 @@ class DeviceStore:
         """There is nothing that could contradict itself."""
 
     def close(self) -> None:
-        self._memory = self._memory._replace(data=self._memory.data.new_empty(0, self._memory.data.shape[1]))
+        self._memory = without_rows(self._memory)
 
 
 class _Cached:
@@ -320,7 +321,8 @@ class HostStore(_Cached):
     def close(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.memory = self.memory._replace(data=self.memory.data[:0])
+        self.memory = without_rows(self.memory)
+        self.cache.close()
         self._host.close()
 
 
@@ -479,7 +481,8 @@ class DiskStore(_Cached):
     def close(self) -> None:
         assert self.on_disk is not None
         self._let_go()
-        self.memory = self.memory._replace(data=self.memory.data[:0])
+        self.memory = without_rows(self.memory)
+        self.cache.close()
         if self._pinned is not None:
             self._pinned.close()
         self.on_disk.close()
