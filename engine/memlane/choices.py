@@ -91,6 +91,22 @@ class Choices:
         self.block_size = c.block_size or chosen.block_size or DEFAULT_BLOCK_SIZE
         return chosen
 
+    def graphs(self) -> bool:
+        """Whether decode steps on a GPU are replayed as graphs."""
+        if not self.config.cuda_graphs:
+            self.note("CUDA graphs: off, as asked")
+        elif self.config.record_rows is not None:
+            self.note("CUDA graphs: off (what a graph reads is not seen by a recorder)")
+            return False
+        return self.config.cuda_graphs
+
+    def lookahead(self, device: torch.device) -> bool:
+        """Whether the next step is planned while the current one runs."""
+        if device.type == "cpu":
+            return False
+        self.note(f"async scheduling: {'on' if self.config.async_scheduling else 'off, as asked'}")
+        return self.config.async_scheduling
+
     def cache_bytes(self, table_bytes: int) -> int:
         """Bytes of the row cache, all tables together."""
         return parse_bytes(self.config.row_cache, whole=table_bytes, option="row_cache")

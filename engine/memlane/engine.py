@@ -68,10 +68,10 @@ class Engine:
             self.model.transformer, cache, self.decode_split.wanted, attention, self._most_half()
         )
         if self.device.type == "cuda":
-            self._prepare_gpu()
+            self._prepare_gpu(choices)
         self.sequences: dict[str, Sequence] = {}  # accepted and not ended
         self._outbox: list[TokenDelta] = []  # of the step under way: survives an exception in its middle
-        self.lookahead = config.async_scheduling and self.device.type == "cuda"
+        self.lookahead = choices.lookahead(self.device)
         self._outstanding: Launch | None = None  # given to the device, not collected
         self.steps = self.last_step_tokens = 0
         self._accepted = self._prompt_tokens = self._generation_tokens = 0
@@ -265,14 +265,12 @@ class Engine:
         """Whether it has not ended. Its name may be another's by now."""
         return self.sequences.get(sequence.request_id) is sequence
 
-    def _prepare_gpu(self) -> None:
+    def _prepare_gpu(self, choices: Choices) -> None:
         """Compile dense parts and capture decode steps."""
         config, tables = self.config, self.model.tables.values()
         self.model.transformer.fuse()
         placements = {table.placement for table in tables}
-        graphs = (
-            config.cuda_graphs and config.record_rows is None
-        )  # what is replayed is not seen by a recorder
+        graphs = choices.graphs()
         self.runner.pad_decodes(
             config.max_num_seqs,
             self.max_model_len,
