@@ -58,6 +58,9 @@ class SlowLookup:
     def activations(self, x: Tensor, weights: Tensor) -> Tensor:
         return torch.nn.functional.gelu(self.dot(x)) * weights
 
+    def asked(self) -> None:
+        pass
+
     def fetch(self) -> None:
         pass
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import tape
 import torch
@@ -22,6 +22,7 @@ class StagedTable:
     def __init__(self, values: Tensor, *, by_host: bool = True, bad: Iterable[int] = ()) -> None:
         self.values, self.by_host, self.bad = values, by_host, set(bad)
         self.rows, self.width = values.shape
+        self.on_asked: Callable[[], object] = lambda: None
         self.events: list[tuple[str, int]] = []
 
     def begin(self, ids: Tensor) -> Lookup:
@@ -43,6 +44,9 @@ class StagedLookup:
         self._table, self._ids = table, ids
         self._staging = torch.full((*ids.shape, table.width), float("nan"), device=ids.device)
         self._fetched = False
+
+    def asked(self) -> None:
+        self._table.on_asked()
 
     def fetch(self) -> None:
         if not self._table.by_host:

@@ -237,6 +237,21 @@ def test_one_half_computes_while_rows_of_the_other_are_fetched() -> None:
     assert events == ["A1", "B1", fetch, "A2", fetch, "B2", fetch, "A3", fetch, "B3"]
 
 
+@pytest.mark.parametrize("halves", [False, True], ids=["one", "halves"])
+def test_a_lookup_knows_when_it_was_asked_for(halves: bool) -> None:
+    """Right after its piece is replayed, before the other half's: its fetch must not wait for that one too."""
+    table = staged()
+    made = padded(table, TapeCapture(), cut=True, halves=halves, sequences=4)
+    order: list[str] = []
+    found = made.decode._sets[4, LONGEST, halves].captured  # type: ignore[union-attr, index]
+    assert isinstance(found, Cut)
+    for piece in found._pieces:
+        piece.graph.replay = lambda replay=piece.graph.replay: order.append("replay") or replay()  # type: ignore
+    table.on_asked = lambda: order.append("asked")
+    made.run(plan(random.Random(0), 4))
+    assert order == ["replay", "asked"] * (4 if halves else 2) + ["replay"] * (2 if halves else 1)
+
+
 # --- whatever fails ---
 
 

@@ -32,6 +32,9 @@ __all__ = ["MemoryLayer", "Pending", "PendingMemory", "Prepared"]
 class Pending(Protocol):
     """A layer's output that waits for something. `finish` ends it, `close` gives it up (idempotent, fine after the end)."""
 
+    def asked(self) -> None:
+        """As `Lookup.asked`."""
+
     def fetch(self) -> None:
         """As `Lookup.fetch`."""
 
@@ -57,6 +60,10 @@ class PendingMemory:
         """Use MemoryLayer.begin. x [T, D], weights fp32 [T, H*K], a lookup of the same rows in each table."""
         self._layer, self._x, self._prepared = layer, x, prepared
         self._weights, self._lookups = weights, lookups
+
+    def asked(self) -> None:
+        for lookup in self._lookups:
+            lookup.asked()
 
     def fetch(self) -> None:
         for lookup in self._lookups:

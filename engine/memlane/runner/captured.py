@@ -120,6 +120,7 @@ class Cut:
                 if isinstance(out, Tensor):
                     waiting.pop(run, None)
                 else:
+                    out.asked()
                     waiting[run] = out
         finally:
             self._close(waiting.values())

@@ -52,6 +52,9 @@ class StoredRows(Protocol):
     def fetched(self) -> bool:
         """Whether the processor's part is done, or there is none."""
 
+    def asked(self) -> None:
+        """As `Lookup.asked`."""
+
     def fetch(self) -> None:
         """The processor's part. Again at each replay of a graph that `begin` was captured in. RowReadError."""
 
@@ -94,6 +97,9 @@ class _Resident:
 
     def __init__(self, near: RowMemory, slots: Tensor) -> None:
         self.near, self.slots = near, slots
+
+    def asked(self) -> None:
+        """Nobody waits."""
 
     def fetch(self) -> None:
         """Nothing is missing."""
@@ -281,6 +287,9 @@ class _HostRows:
             store.cache.fill(store.memory, self._buffers)
         self._filled = store.side.mark()
 
+    def asked(self) -> None:
+        """The side stream was told where it forks, within the graph if there is one."""
+
     def fetch(self) -> None:
         """The processor has no part in it."""
 
@@ -359,18 +368,23 @@ class _DiskRows:
         self._host: _HostSide | None = None
         self._number = store.look_up(ids, self._buffers)
         self.slots = self._buffers.slots
+        self._asked: Mark = None
+        if not store.side.capturing:
+            self.asked()
 
     @property
     def fetched(self) -> bool:
         """Within a capture nothing is computed yet; whoever replays the graph fetches."""
-        return self._fetched or (
-            self._store.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        )
+        return self._fetched or self._store.side.capturing
+
+    def asked(self) -> None:
+        self._asked = self._store.side.main_mark()
 
     def fetch(self) -> None:
         store = self._store
         host = self._host = self._host or _HostSide.of(len(self._packet), store.device)
-        with store.side.branch():
+        # Not after all that was launched: the other half is computing, and to wait for that would hide nothing.
+        with store.side.branch(self._asked):
             host.missing.copy_(self._packet, non_blocking=True)
         store.wait_for(store.side.mark())
         count = int(host.missing[0])
@@ -384,7 +398,7 @@ class _DiskRows:
         assert host is not None
         host.places[0] = m
         host.places[1 : 1 + m] = torch.from_numpy(places)
-        with store.side.branch():
+        with store.side.branch(self._asked):  # who read these slots before did so before that
             host.places_there[: 1 + m].copy_(host.places[: 1 + m], non_blocking=True)
             store.cache.copy(
                 store.memory,

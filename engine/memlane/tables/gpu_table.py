@@ -170,6 +170,10 @@ class GpuLookup:
         """Whether there is more than one part: a graph cannot be captured of that."""
         return self._step < self._tokens
 
+    def asked(self) -> None:
+        if self._latest is not None:
+            self._latest.asked()
+
     def fetch(self) -> None:
         """Also after the end: a graph that was captured of this lookup is replayed over the same rows."""
         if self._latest is not None:

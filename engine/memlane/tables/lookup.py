@@ -74,6 +74,9 @@ class TableLookup:
         self._end(whole=lambda view, ids, begin: view.gather(ids, into[begin : begin + len(ids)]))
         return out
 
+    def asked(self) -> None:
+        """Nothing: rows are asked for at once."""
+
     def fetch(self) -> None:
         """Nothing: whoever sums the rows waits for them."""
 

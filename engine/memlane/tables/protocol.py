@@ -16,6 +16,10 @@ class Lookup(Protocol):
     with tokens counted within this lookup, if some could not be read. What is no longer wanted must be closed.
     """
 
+    def asked(self) -> None:
+        """What asks for the rows has been given to the device. Whoever replays a graph that it was captured in says so, each
+        time, before giving it anything else: `fetch` waits for no more than that."""
+
     def fetch(self) -> None:
         """The processor's own part in bringing rows to a GPU, where there is one; else nothing.
 

@@ -23,15 +23,24 @@ class SideStream:
     def __init__(self, device: torch.device) -> None:
         self._stream = new_stream(device)
 
+    @property
+    def capturing(self) -> bool:
+        """Whether what is launched now is recorded in a graph and not computed."""
+        return self._stream is not None and torch.cuda.is_current_stream_capturing()
+
     @contextmanager
-    def branch(self) -> Iterator[None]:
-        """What is launched within runs beside the main stream, after what was launched on that before."""
+    def branch(self, after: Mark = None) -> Iterator[None]:
+        """What is launched within runs beside the main stream, after a mark on that: what was launched on it so far."""
         if self._stream is None:
             yield
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        self._stream.wait_event(after or _mark_main(self._stream))
         with torch.cuda.stream(self._stream):
             yield
+
+    def main_mark(self) -> Mark:
+        """The point after all that was launched on the main stream so far."""
+        return None if self._stream is None else _mark_main(self._stream)
 
     def mark(self) -> Mark:
         """The point after all that was launched on it so far."""
@@ -42,6 +51,10 @@ class SideStream:
         if mark is not None:
             assert self._stream is not None
             torch.cuda.current_stream(self._stream.device).wait_event(mark)
+
+
+def _mark_main(side: torch.cuda.Stream) -> torch.cuda.Event:
+    return torch.cuda.current_stream(side.device).record_event()
 
 
 def new_stream(device: torch.device) -> torch.cuda.Stream | None:
