@@ -54,7 +54,8 @@ class SideStream:
 
 
 def _mark_main(side: torch.cuda.Stream) -> torch.cuda.Event:
-    return torch.cuda.current_stream(side.device).record_event()
+    mark: torch.cuda.Event = torch.cuda.current_stream(side.device).record_event()
+    return mark
 
 
 def new_stream(device: torch.device) -> torch.cuda.Stream | None:
