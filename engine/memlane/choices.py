@@ -95,9 +95,6 @@ class Choices:
         """Whether decode steps on a GPU are replayed as graphs."""
         if not self.config.cuda_graphs:
             self.note("CUDA graphs: off, as asked")
-        elif self.config.record_rows is not None:
-            self.note("CUDA graphs: off (what a graph reads is not seen by a recorder)")
-            return False
         return self.config.cuda_graphs
 
     def lookahead(self, device: torch.device) -> bool:

@@ -267,9 +267,12 @@ class Engine:
 
     def _prepare_gpu(self, choices: Choices) -> None:
         """Compile dense parts and capture decode steps."""
-        config, tables = self.config, self.model.tables.values()
+        config = self.config
         self.model.transformer.fuse()
-        placements = {table.placement for table in tables}
+        if config.record_rows is not None:
+            choices.note("CUDA graphs: off (what they read, padding included, is not to be recorded)")
+            return
+        placements = {table.placement for table in self.model.tables.values()}
         graphs = choices.graphs()
         self.runner.pad_decodes(
             config.max_num_seqs,
