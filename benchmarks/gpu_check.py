@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--without-gpu", action="store_true", help="in Triton's interpreter, on the CPU")
     parser.add_argument("--tests", nargs="+", default=["tests/gpu"], help="folders or files of tests")
     parser.add_argument(
-        "--sanitize", default="not graph", help="pytest -k of the tests under compute-sanitizer"
+        "--sanitize", default="not graph and not large", help="pytest -k of the tests under compute-sanitizer"
     )
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for everything")
     parser.add_argument(

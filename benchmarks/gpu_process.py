@@ -7,23 +7,28 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 __all__ = ["Check", "Ended", "output_of"]
 
 _MOST_JOBS = 8  # processes on one GPU at a time, where nothing is measured
+_LOOK = 1.0  # seconds between looks at whether a command hangs
 _UNTIL_DEAD = 20.0  # seconds: a driver may hold on to a process whose kernel does not end
 
 
 class Ended(NamedTuple):
-    """How a command ended. status: None where it ran out of time."""
+    """How a command ended. status: None where it was ended, out of time or because it hung."""
 
     status: int | None
     output: str
+    hung: bool = False
 
     def __str__(self) -> str:
-        return "out of time" if self.status is None else f"exit status {self.status}"
+        if self.status is None:
+            return "hung" if self.hung else "out of time"
+        return f"exit status {self.status}"
 
 
 class Check:
@@ -60,8 +65,18 @@ class Check:
     def log(self, name: str) -> Path:
         return self.folder / f"{name.replace(' ', '-')}.log"
 
-    def run(self, log_name: str, *command: str | Path, limit: float, **environment: str) -> Ended:
-        """Runs a command, its output appended to a log; ends it and its children when time is up."""
+    def run(
+        self,
+        log_name: str,
+        *command: str | Path,
+        limit: float,
+        hangs: Callable[[], bool] | None = None,
+        **environment: str,
+    ) -> Ended:
+        """Runs a command, its output appended to a log; ends it and its children when time is up, or when it hangs.
+
+        hangs: asked about once a second.
+        """
         with self.log(log_name).open("a+", errors="replace") as log:
             log.write(f"$ {' '.join(map(str, command))}\n")
             log.flush()
@@ -70,16 +85,19 @@ class Check:
                 command, cwd=self.root, env=self.environment | environment, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-            status: int | None = None
+            status, hung, deadline = None, False, time.monotonic() + limit
             try:
-                status = process.wait(limit)
-            except subprocess.TimeoutExpired:
-                log.write(f"\nended after {limit:.0f} s\n")
+                while status is None and not hung and (left := deadline - time.monotonic()) > 0:
+                    try:
+                        status = process.wait(min(_LOOK, left))
+                    except subprocess.TimeoutExpired:
+                        hung = hangs is not None and hangs()
             finally:
                 if status is None:
                     _kill(process)
+                    log.write(f"\nended, it {'hung' if hung else f'took more than {limit:.0f} s'}\n")
             log.seek(begin)
-            return Ended(status, log.read())
+            return Ended(status, log.read(), hung)
 
 
 def output_of(*command: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from gpu_packages import needs
 from gpu_process import Check, output_of
-from gpu_tests import Found, run_files
+from gpu_tests import Found, Part, Way, run_parts
 
 __all__ = [
     "Stage",
@@ -41,6 +41,7 @@ _KERNEL_TESTS = (
     "test_attention_backends",
 )
 _SANITIZED = ("test_rows", "test_row_cache", "test_selection")
+_IN_PARTS = {"test_rows": 4, "test_selection": 2, "test_placements": 4, "test_graphs": 2}
 
 # Run by the machine's own python3, which is not to be burdened with torch here.
 _PROBE = """
@@ -132,15 +133,14 @@ def other_files(check: Check) -> list[str]:
 
 def tests(check: Check, name: str, files: Sequence[str], seconds: float) -> Stage:
     """Files of tests, each in processes of its own."""
-    timeout = 120.0 if check.options.without_gpu else 60.0
-    found = run_files(check, name, files, seconds, timeout=timeout, MEMLANE_AOT="all")
-    problems = [problem for file in found for problem in file.problems]
-    incomplete = [f"{Path(file.file).stem}: {file.incomplete}" for file in found if file.incomplete]
-    passed = bool(found) and not problems and not incomplete and any(file.passed for file in found)
-    return Stage(
-        name, "passed" if passed else "failed", 0,
-        "; ".join([_counts(found), *incomplete]), _figures(found), _troubles(check, name, found),
-    )  # fmt: skip
+    # All kernels are compiled for all cards only where there are processors for it.
+    way = Way(
+        timeout=120.0 if check.options.without_gpu else 60.0,
+        environment={"MEMLANE_AOT": "all"} if check.jobs >= 4 else {},
+    )
+    found = run_parts(check, name, _parts(check, files), seconds, way)
+    failed = any(one.problems or one.incomplete for one in found) or not any(one.passed for one in found)
+    return _of_tests(check, name, failed, [], found)
 
 
 def sanitize(check: Check, tool: str, seconds: float) -> Stage:
@@ -149,22 +149,24 @@ def sanitize(check: Check, tool: str, seconds: float) -> Stage:
     sanitizer = _tool("compute-sanitizer")
     if sanitizer is None:
         return Stage(tool, "skipped", 0, "compute-sanitizer is not installed")
-    found = run_files(
-        check, tool, [file for file in _files(check) if Path(file).stem in _SANITIZED], seconds, timeout=seconds,
-        prefix=(sanitizer, "--tool", tool, f"--error-exitcode={_SANITIZER_FOUND}"), select=check.options.sanitize,
-        PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # else what lies beyond a tensor is torch's, and no error
-        MEMLANE_SANITIZER="1",  # tests take smaller inputs
-    )  # fmt: skip
+    files = [file for file in _files(check) if Path(file).stem in _SANITIZED]
+    way = Way(
+        timeout=seconds,
+        select=check.options.sanitize,
+        prefix=(sanitizer, "--tool", tool, f"--error-exitcode={_SANITIZER_FOUND}"),
+        environment={
+            "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # else what lies beyond a tensor is torch's, and no error
+            "MEMLANE_SANITIZER": "1",  # tests take smaller inputs
+        },
+    )
+    found = run_parts(check, tool, _parts(check, files), seconds, way)
     errors = [
-        next((line for line in reversed(file.output.splitlines()) if "SUMMARY" in line), "errors").strip("= ")
-        for file in found
-        if _SANITIZER_FOUND in file.statuses
+        next((line for line in reversed(one.output.splitlines()) if "SUMMARY" in line), "errors").strip("= ")
+        for one in found
+        if _SANITIZER_FOUND in one.statuses
     ]
-    failed = errors or any(file.problems for file in found) or not any(file.passed for file in found)
-    incomplete = [f"{Path(file.file).stem}: {file.incomplete}" for file in found if file.incomplete]
-    detail = "; ".join([*errors, _counts(found), *incomplete])
-    shown = _troubles(check, tool, found) if failed else ""
-    return Stage(tool, "failed" if failed else "passed", 0, detail, _figures(found), shown)
+    failed = bool(errors) or any(one.problems for one in found) or not any(one.passed for one in found)
+    return _of_tests(check, tool, failed, errors, found)
 
 
 def measure(
@@ -210,37 +212,44 @@ def _files(check: Check) -> list[str]:
     return [str(file.relative_to(check.root)) for file in found]
 
 
-def _counts(found: Sequence[Found]) -> str:
-    passed, skipped = sum(file.passed for file in found), sum(file.skipped for file in found)
-    text = f"{passed} passed, {sum(len(file.problems) for file in found)} failed, {skipped} skipped"
-    slow = max(found, key=lambda file: file.slowest[1], default=None)
-    return text if slow is None else f"{text}; slowest {slow.slowest[0]} {slow.slowest[1]:.0f} s"
+def _parts(check: Check, files: Sequence[str]) -> list[Part]:
+    """One for each file, but several of one whose kernels or graphs take long to make."""
+    found = []
+    for file in files:
+        parts = min(check.jobs, _IN_PARTS.get(Path(file).stem, 1))
+        found += [Part(file, number, parts) for number in range(1, parts + 1)]
+    return found
 
 
-def _figures(found: Sequence[Found]) -> dict[str, Any]:
-    return {
-        Path(file.file).stem: {
-            "passed": file.passed,
-            "failed": [
-                f"{problem.test.split('::', 1)[-1]}: {problem.why[:_WIDE]}" for problem in file.problems
-            ],
-            "skipped": file.skipped,
-            "incomplete": file.incomplete,
-            "seconds": file.seconds,
+def _of_tests(check: Check, name: str, failed: bool, errors: Sequence[str], found: Sequence[Found]) -> Stage:
+    passed, skipped = sum(one.passed for one in found), sum(one.skipped for one in found)
+    counts = f"{passed} passed, {sum(len(one.problems) for one in found)} failed, {skipped} skipped"
+    slowest = max((one.slowest for one in found), default=(0.0, ""))
+    incomplete = [f"{one.part.name}: {one.incomplete}" for one in found if one.incomplete]
+    figures = {
+        one.part.name: {
+            "passed": one.passed,
+            "failed": [f"{test.split('::', 1)[-1]}: {why[:_WIDE]}" for test, why in one.problems],
+            "skipped": one.skipped,
+            "incomplete": one.incomplete,
+            "seconds": one.seconds,
         }
-        for file in found
+        for one in found
     }
+    detail = "; ".join([*errors, counts, *incomplete, f"slowest {slowest[1]} {slowest[0]:.0f} s"])
+    shown = _troubles(check, name, found) if failed else ""
+    return Stage(name, "failed" if failed else "passed", 0, detail, figures, shown)
 
 
 def _troubles(check: Check, stage: str, found: Sequence[Found]) -> str:
-    """What failed, a line each, and how the logs of those files end."""
+    """What failed, a line each, and how the logs of those parts end."""
     lines = []
-    for file in found:
-        if file.problems or file.incomplete or _SANITIZER_FOUND in file.statuses:
-            log = check.log(f"{stage}-{Path(file.file).stem}")
-            lines += [f"{problem.test}: {problem.why}"[: 2 * _WIDE] for problem in file.problems]
-            lines += [f"{file.file}: {file.incomplete}"] if file.incomplete else []
-            lines += [f"the end of {log}:", _tail(log)]
+    for one in found:
+        if one.problems or one.incomplete or _SANITIZER_FOUND in one.statuses:
+            log = check.log(f"{stage}-{one.part.name}")
+            lines += [f"{problem.test}: {problem.why}"[: 2 * _WIDE] for problem in one.problems]
+            lines += [f"{one.part.name}: {one.incomplete}"] if one.incomplete else []
+            lines += [f"the end of {log}:", _tail(log)] if log.exists() else []
     return "\n".join(lines)
 
 

@@ -8,7 +8,9 @@ A test that began and never ended hung until its time limit, or took the process
 pytest leaves out the tests that are in it. After a failure that left the GPU unusable to this process, as every error
 inside a kernel does, no further test is begun: all would fail. Nor is one once time is up.
 
-    MEMLANE_LEDGER=file MEMLANE_LEDGER_SECONDS=60 python -m pytest -p gpu_ledger ...
+    MEMLANE_LEDGER=file MEMLANE_LEDGER_SECONDS=60 MEMLANE_LEDGER_PART=2/3 python -m pytest -p gpu_ledger ...
+
+runs every third test, beginning with the second.
 """
 
 from __future__ import annotations
@@ -39,13 +41,15 @@ class _Ledger:
         self._path = path
         self._deadline = time.monotonic() + seconds
         self._known = {entry.get("began") for entry in _entries(path)}
+        part, parts = os.environ.get("MEMLANE_LEDGER_PART", "1/1").split("/")
+        self._part = slice(int(part) - 1, None, int(parts))
         self._session: pytest.Session | None = None
         self._reports: list[pytest.TestReport] = []
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        known = [item for item in items if item.nodeid in self._known]
-        items[:] = [item for item in items if item.nodeid not in self._known]
-        config.hook.pytest_deselected(items=known)
+        left = [item for item in items[self._part] if item.nodeid not in self._known]
+        config.hook.pytest_deselected(items=[item for item in items if item not in left])
+        items[:] = left
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
         self._session = session
