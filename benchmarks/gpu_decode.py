@@ -1,11 +1,14 @@
 """Decoding on a GPU: tables in its memory, in pinned host memory, on disk, in one run and against both bounds.
 
-    python benchmarks/gpu_decode.py [--json FILE] [--small] [--batches 1 64] [--formats bfloat16 int4]
+    python benchmarks/gpu_decode.py [--json FILE] [--small] [--batches 64 1] [--formats bfloat16 int4]
+    python benchmarks/gpu_decode.py --write FOLDER      only the models; a later run with --models FOLDER takes them
 
 The shape is Meta's 373M: 24 layers, dim 1,024, memory layers at 4, 12 and 20 over one table of 1 M rows x 1,024, weights
 random. A random model reads rows evenly, a trained one does not: row ids are drawn with the skew seen in practice (the top
 1 / 10 / 20 / 50 % of rows take 11 / 40 / 56 / 83 % of the reads) and put in place of those that the layers choose, after
-they have chosen. GPU caches hold 10 % of the table; "disk" is warm: its cache in RAM holds the table.
+they have chosen. No draw comes twice while one batch size is measured. GPU caches have 10 % of the table's bytes, and
+the larger batch, which comes first, fills them; "disk" is warm: its cache in RAM holds the whole table before the first
+step.
 
 Bounds beside each figure: bytes of dense weights and rows over the measured bandwidth of the device, and missing bytes
 over the measured bandwidth of the link.
@@ -24,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from gpu_kernels import FULL, SMALL, Clock, ceilings, device_of, gpu_header
-from measuring import Result, finish
+from measuring import Result, finish, write
 from random_model import random_prompt, write_random_model
 from torch import Tensor
 
@@ -36,6 +39,7 @@ from memlane.models.loading import GpuOptions, TableOptions, load_model
 from memlane.models.memory import MemoryLayer
 from memlane.models.product_keys import Choice
 from memlane.request import SamplingParams
+from memlane.runner import decode_graphs
 
 # Parts of the rows, hottest first, and the part of the reads that each takes.
 SKEW = ((0.01, 0.11), (0.09, 0.29), (0.10, 0.16), (0.30, 0.27), (0.50, 0.17))
@@ -43,12 +47,16 @@ PLACEMENTS = ("device", "host", "disk")
 
 
 class Size(NamedTuple):
-    """The model, and how long it is measured."""
+    """The model, how many steps are measured, after how many, and how many draws of row ids there are for all of them."""
 
     config: ModelConfig
     warm_steps: int
     steps: int
     draws: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, small: bool) -> Size:
+        return cls(config, 4, 4, 64) if small else cls(config, 64, 96, 384)
 
 
 def model(row_format: str, small: bool) -> ModelConfig:
@@ -59,7 +67,7 @@ def model(row_format: str, small: bool) -> ModelConfig:
         )
         return ModelConfig(
             vocab_size=64, hidden_size=32, num_layers=4, num_heads=4, intermediate_size=64,
-            max_position_embeddings=256, dtype="bfloat16", memory=memory,
+            max_position_embeddings=512, dtype="bfloat16", memory=memory,
         )  # fmt: skip
     memory = MemoryConfig(
         (4, 12, 20), num_keys=1024, num_heads=4, knn=32, key_dim=512, value_dim=1024, row_format=row_format
@@ -165,10 +173,20 @@ def measure(
     directory: Path, placement: str, batches: list[int], size: Size, device: torch.device, bounds: Result
 ) -> list[Result]:
     """One engine, several batch sizes."""
-    engine = start(directory, placement, max(batches), device)
-    results = []
+    started = time.perf_counter()
+    engine = start(directory, placement, batches, device)
+    results, ready = [], time.perf_counter()
+    for line in engine.choices:
+        print(f"    {line}")
     try:
+        for table in engine.model.tables.values():
+            if placement == "disk":
+                assert table.on_disk is not None
+                table.on_disk.warm(np.arange(table.rows))
+        warm = time.perf_counter()
         weights = sum(p.numel() * p.element_size() for p in engine.model.transformer.parameters())
+        if not size.config.tie_word_embeddings:  # of the vectors of tokens only a few are read
+            weights -= engine.model.transformer.embed.weight.nbytes
         memory = size.config.memory
         assert memory is not None
         for batch in batches:
@@ -187,7 +205,6 @@ def measure(
                     "missing_bytes_per_step": missing,
                     "bandwidth_bound_seconds": (weights + rows) / bounds["device_bytes_per_s"],
                     "link_bound_seconds": missing / bounds["host_to_device_bytes_per_s"],
-                    "choices": engine.choices,
                 }
             )
     finally:
@@ -196,14 +213,23 @@ def measure(
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    print(
+        f"    {placement}: engine started in {ready - started:.1f} s, its RAM warmed in {warm - ready:.1f} s, "
+        f"measured in {time.perf_counter() - warm:.1f} s",
+        flush=True,
+    )
     return results
 
 
-def start(directory: Path, placement: str, sequences: int, device: torch.device) -> Engine:
-    """An engine whose GPU cache holds 10 % of the table. On a CPU the kernels' twins run, to try this program."""
+def start(directory: Path, placement: str, batches: list[int], device: torch.device) -> Engine:
+    """An engine whose GPU cache has 10 % of the table. On a CPU the kernels' twins run, to try this program."""
+    sequences = max(batches)
+    decode_graphs.ladder = lambda most: sorted(
+        n for n in batches if n <= most
+    )  # other sizes would be captured in vain
     config = EngineConfig(
         model=str(directory), device=device.type, placement=placement, gpu_row_cache="10%", row_cache="100%",
-        max_num_seqs=sequences, max_model_len=256, dtype="bfloat16", warm_start="off",
+        max_num_seqs=sequences, max_model_len=512, dtype="bfloat16", warm_start="off",
     )  # fmt: skip
     if device.type == "cuda":
         return Engine(config)
@@ -212,18 +238,23 @@ def start(directory: Path, placement: str, sequences: int, device: torch.device)
     return Engine(config, load_model(directory, tables=tables, dtype="bfloat16"))
 
 
-def report(results: list[Result]) -> None:
-    """One line a figure, with what it is to be compared with; adds the ratios to the results."""
-    print(
-        f"{'rows':>9} {'batch':>5} {'placed':>7} {'step ms':>8} {'tok/s':>8} {'hits':>5} {'MB missing':>10} "
-        f"{'bound ms':>8} {'link ms':>7} {'of bound':>8} {'of device':>9} {'over limit':>10}"
-    )
+def compare(results: list[Result]) -> None:
+    """Adds to each figure what it is of its bounds, and of the device's. Those of the device come first."""
     for r in results:
         same = [o for o in results if (o["row_format"], o["batch"]) == (r["row_format"], r["batch"])]
         on_device = next(o["step_seconds"] for o in same if o["placement"] == "device")
         r["of_bandwidth_bound"] = r["bandwidth_bound_seconds"] / r["step_seconds"]
         r["of_device"] = on_device / r["step_seconds"]
         r["over_limit"] = r["step_seconds"] / max(on_device, r["link_bound_seconds"])
+
+
+def report(results: list[Result]) -> None:
+    """One line a figure, with what it is to be compared with."""
+    print(
+        f"{'rows':>9} {'batch':>5} {'placed':>7} {'step ms':>8} {'tok/s':>8} {'hits':>5} {'MB missing':>10} "
+        f"{'bound ms':>8} {'link ms':>7} {'of bound':>8} {'of device':>9} {'over limit':>10}"
+    )
+    for r in results:
         hits = "" if r["hit_rate"] is None else f"{r['hit_rate']:.2f}"
         print(
             f"{r['row_format']:>9} {r['batch']:>5} {r['placement']:>7} {1e3 * r['step_seconds']:>8.3f} "
@@ -239,26 +270,50 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--small", action="store_true", help="a tiny model, on any machine: to test the program"
     )
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--batches", type=int, nargs="+", default=[64, 1])
     parser.add_argument("--formats", nargs="+", default=["bfloat16", "int4"])
+    parser.add_argument("--write", type=Path, help="folder to write the models to, and no more")
+    parser.add_argument("--models", type=Path, help="folder that they were written to")
     options = parser.parse_args(arguments)
+    if options.write is not None:
+        print(write_models(options.write, options.formats, options.small))
+        return
     device = device_of(options.small)
     result = gpu_header("gpu_decode", device)
     sizes = SMALL if options.small else FULL
     result["ceilings"] = ceilings(device, sizes, Clock(device, sizes.repetitions))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     result["decode"] = []
-    for row_format in options.formats:
-        config = model(row_format, options.small)
-        size = Size(config, 4, 4, 8) if options.small else Size(config, 160, 64, 64)
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory) / "model"
-            write_random_model(path, config)
+    with tempfile.TemporaryDirectory() as scratch:
+        models = options.models
+        if models is None or not all((models / row_format).is_dir() for row_format in options.formats):
+            models = Path(scratch)
+            print(write_models(models, options.formats, options.small), flush=True)
+        for row_format in options.formats:
+            size = Size.of(model(row_format, options.small), options.small)
             for placement in PLACEMENTS:
+                print(f"{row_format}, {placement}", flush=True)
                 with SkewedRows(max(options.batches), size.draws):
-                    found = measure(path, placement, options.batches, size, device, result["ceilings"])
+                    found = measure(
+                        models / row_format, placement, options.batches, size, device, result["ceilings"]
+                    )
                 result["decode"] += found
+                compare(result["decode"])
+                write(result, options.json)
     report(result["decode"])
     finish(result, options.json)
+
+
+def write_models(folder: Path, formats: list[str], small: bool) -> str:
+    """A model for each row format, in a folder of its name; returns how long it took."""
+    started = time.perf_counter()
+    for row_format in formats:
+        partial = folder / f".{row_format}"
+        write_random_model(partial, model(row_format, small))
+        partial.rename(folder / row_format)
+    nbytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    return f"{len(formats)} models, {nbytes / 1e9:.1f} GB, written in {time.perf_counter() - started:.1f} s"
 
 
 if __name__ == "__main__":

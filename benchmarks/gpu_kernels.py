@@ -1,6 +1,6 @@
 """Kernels of the GPU path against the card's own ceilings and torch's ways of doing the same, in one run.
 
-    python benchmarks/gpu_kernels.py [--json FILE] [--small]
+    python benchmarks/gpu_kernels.py [--json FILE] [--small] [--parts gather selection misses] [--formats bfloat16 int4]
 
 Ceilings: a device-to-device copy (bytes read and written), a pinned host-to-device copy. Every figure states its bytes and
 the floor that they set; inputs are fresh random numbers, several sets in rotation, so that no cache holds them. On a
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measuring import Result, finish, header, rotated
+from measuring import Result, finish, header, rotated, write
 from torch import Tensor
 
 from memlane.kernels import RowMemory, device_stride
@@ -41,8 +41,11 @@ class Sizes(NamedTuple):
     missing_rows: int
 
 
-FULL = Sizes(1 << 20, 1024, (1, 16, 64, 256, 4096), 128, 2 << 30, 30, 1 << 16)
-SMALL = Sizes(1 << 10, 64, (1, 4), 8, 1 << 20, 2, 64)
+FULL = Sizes(1 << 20, 1024, (4096, 1, 16, 64, 256), 128, 1 << 30, 30, 1 << 16)
+SMALL = Sizes(1 << 10, 64, (4, 1), 8, 1 << 20, 2, 64)
+PARTS = ("gather", "selection", "misses")
+
+_BLOCK = 1 << 14  # rows of which tables are made, over and over
 
 
 class Clock:
@@ -93,18 +96,20 @@ def ceilings(device: torch.device, sizes: Sizes, clock: Clock) -> Result:
     return found
 
 
-def gather_and_sum(device: torch.device, sizes: Sizes, clock: Clock, ceiling: Result) -> list[Result]:
-    """weighted_sum over uniform ids, for every row format and number of tokens, embedding_bag beside bf16."""
+def gather_and_sum(
+    device: torch.device, sizes: Sizes, clock: Clock, ceiling: Result, formats: list[RowFormat]
+) -> list[Result]:
+    """weighted_sum over uniform ids, for row formats and numbers of tokens, embedding_bag beside bf16."""
     results = []
     print(
         f"{'rows':>9} {'tokens':>7} {'bytes':>10} {'us':>9} {'TB/s':>7} {'of copy':>8} {'embedding_bag':>14}"
     )
     kernels = row_kernels(device)
-    for row_format in RowFormat:
+    for row_format in formats:
         memory = random_rows(device, sizes.rows, sizes.width, row_format)
         plain = memory.data.view(torch.bfloat16) if row_format is RowFormat.BFLOAT16 else None
         for tokens in (
-            sizes.tokens if row_format in (RowFormat.BFLOAT16, RowFormat.INT4) else sizes.tokens[-1:]
+            sizes.tokens if row_format in (RowFormat.BFLOAT16, RowFormat.INT4) else sizes.tokens[:1]
         ):
             sets = cycle([_ids_and_weights(device, tokens, sizes) for _ in range(4)])
             bodies: dict[str, Callable[[], object]] = {
@@ -140,7 +145,7 @@ def selection(device: torch.device, sizes: Sizes, clock: Clock) -> list[Result]:
     """Row ids and softmax weights out of half scores, against the two-stage torch code."""
     if sizes is SMALL:
         return [_selection(device, clock, 2, 2, 16, 4)]
-    return [_selection(device, clock, tokens, 4, 1024, 32) for tokens in (1, 16, 64, 256)]
+    return [_selection(device, clock, tokens, 4, 1024, 32) for tokens in (256, 1, 16, 64)]
 
 
 def _selection(device: torch.device, clock: Clock, tokens: int, heads: int, n: int, k: int) -> Result:
@@ -173,8 +178,9 @@ def _misses(
     device: torch.device, sizes: Sizes, clock: Clock, ceiling: Result, row_format: RowFormat
 ) -> Result:
     stride, n = device_stride(row_format.stride(sizes.width)), sizes.missing_rows
-    host = torch.randint(0, 255, (sizes.rows, stride), dtype=torch.uint8)
-    far = RowMemory(host.pin_memory() if device.type == "cuda" else host, row_format.value, sizes.width)
+    host = torch.empty(sizes.rows, stride, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    _repeat(torch.randint(0, 256, (min(sizes.rows, _BLOCK), stride), dtype=torch.uint8), host)
+    far = RowMemory(host, row_format.value, sizes.width)
     near = far._replace(data=torch.empty(n, stride, dtype=torch.uint8, device=device))
     sets = cycle([torch.randperm(sizes.rows, device=device)[:n] for _ in range(4)])
     slots = torch.randperm(n, device=device).int()
@@ -200,11 +206,16 @@ def random_rows(device: torch.device, rows: int, width: int, row_format: RowForm
     """Rows of normal numbers in a format, as they lie in a GPU's memory."""
     stride = row_format.stride(width)
     data = torch.zeros(rows, device_stride(stride), dtype=torch.uint8, device=device)
-    for begin in range(0, rows, 1 << 14):
-        end = min(rows, begin + (1 << 14))
-        encoded = encode_rows(torch.randn(end - begin, width), row_format)
-        data[begin:end, :stride] = encoded.contiguous().view(torch.uint8).view(end - begin, stride).to(device)
+    encoded = encode_rows(torch.randn(min(rows, _BLOCK), width), row_format)
+    _repeat(encoded.contiguous().view(torch.uint8).view(-1, stride).to(device), data[:, :stride])
     return RowMemory(data, row_format.value, width)
+
+
+def _repeat(block: Tensor, out: Tensor) -> None:
+    """Other numbers would be no slower to read, but minutes in the making."""
+    for begin in range(0, len(out), len(block)):
+        part = out[begin : begin + len(block)]
+        part.copy_(block[: len(part)])
 
 
 def _ids_and_weights(device: torch.device, tokens: int, sizes: Sizes) -> tuple[Tensor, Tensor]:
@@ -250,15 +261,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--small", action="store_true", help="tiny sizes, on any machine: to test the program"
     )
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--formats", nargs="+", type=RowFormat, default=list(RowFormat))
     options = parser.parse_args(arguments)
     device = device_of(options.small)
     sizes = SMALL if options.small else FULL
     result = gpu_header("gpu_kernels", device)
     clock = Clock(device, sizes.repetitions)
-    result["ceilings"] = ceilings(device, sizes, clock)
-    result["gather_and_sum"] = gather_and_sum(device, sizes, clock, result["ceilings"])
-    result["selection"] = selection(device, sizes, clock)
-    result["host_misses"] = host_misses(device, sizes, clock, result["ceilings"])
+    result["ceilings"] = found = ceilings(device, sizes, clock)
+    parts: dict[str, tuple[str, Callable[[], list[Result]]]] = {
+        "gather": ("gather_and_sum", lambda: gather_and_sum(device, sizes, clock, found, options.formats)),
+        "selection": ("selection", lambda: selection(device, sizes, clock)),
+        "misses": ("host_misses", lambda: host_misses(device, sizes, clock, found)),
+    }
+    for part in options.parts:
+        started = time.perf_counter()
+        name, body = parts[part]
+        result[name] = body()
+        print(f"{part} took {time.perf_counter() - started:.1f} s", flush=True)
+        write(result, options.json)
     finish(result, options.json)
 
 

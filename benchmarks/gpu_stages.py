@@ -1,26 +1,47 @@
-"""The stages of gpu_check.py, each a command with a time limit and a log. It does not know in which order they run."""
+"""The stages of gpu_check.py, each of commands with a time limit and a log. It does not know in which order they run."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpu_packages import needs
+from gpu_process import Check, output_of
+from gpu_tests import Found, Part, Way, run_parts
 
-__all__ = ["Check", "Stage", "benchmark", "build", "environment", "probe", "sanitize", "tests"]
+__all__ = [
+    "Stage",
+    "build",
+    "environment",
+    "kernel_files",
+    "measure",
+    "other_files",
+    "probe",
+    "sanitize",
+    "tests",
+    "write_models",
+]
 
 _SANITIZER_FOUND = 86  # exit status that compute-sanitizer is told to use
-_LAST_TEST = 15.0  # seconds that the test under way may take when time is up
+_TAIL = 25  # lines of a log that are shown after a failure
+_WIDE = 160  # characters of such a line
+
+# Tests of single kernels, which are quick, and come first. What else lies in tests/gpu is about tables and engines.
+_KERNEL_TESTS = (
+    "test_rows",
+    "test_row_cache",
+    "test_selection",
+    "test_device_cache",
+    "test_attention_backends",
+)
+_SANITIZED = ("test_rows", "test_row_cache", "test_selection")
+_IN_PARTS = {"test_rows": 4, "test_selection": 2, "test_placements": 4, "test_graphs": 2}
 
 # Run by the machine's own python3, which is not to be burdened with torch here.
 _PROBE = """
@@ -46,81 +67,15 @@ _SMOKE = "import memlane.native as n; print('native core', n.kernel_variant(), '
 
 
 class Stage(NamedTuple):
-    """How a stage went. outcome: passed, failed or skipped; detail: in a line; figures: for the record."""
+    """How a stage went. outcome: passed, failed or skipped; detail: in a line; figures: for the record; shown: what else
+    is to be seen at once."""
 
     name: str
     outcome: str
     seconds: float
     detail: str
     figures: dict[str, Any] | None = None
-
-
-class Ended(NamedTuple):
-    """How a command ended. status: None where it ran out of time."""
-
-    status: int | None
-    output: str
-
-
-class Tests(NamedTuple):
-    """What pytest counted."""
-
-    passed: int
-    failed: int
-    skipped: int
-
-
-class Check:
-    """One run: where things are, how much time is left, what the stages' commands see of the world."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.root: Path = options.root.resolve()
-        self.folder = self.root / "build" / "gpu-check"
-        self.site = self.folder / "site"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.deadline = time.monotonic() + options.limit
-        paths = [str(self.site), str(self.root / "clients" / "python"), os.environ.get("PYTHONPATH", "")]
-        self.environment = dict(
-            os.environ,
-            PYTHONPATH=os.pathsep.join(path for path in paths if path),
-            PYTHONUNBUFFERED="1",
-            MEMLANE_CI="1",  # a test that skips for an unknown reason is a failure
-            PIP_DISABLE_PIP_VERSION_CHECK="1",
-            PIP_ROOT_USER_ACTION="ignore",
-            CMAKE_BUILD_PARALLEL_LEVEL=str(os.cpu_count() or 1),
-        )
-        if options.without_gpu:
-            self.environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-    def limit(self, seconds: float, leave: float = 0.0) -> float:
-        """A stage's own limit, or what is left of everything; `leave` is for the stages after it."""
-        return max(1.0, min(seconds, self.deadline - time.monotonic() - leave))
-
-    def log(self, stage: str) -> Path:
-        return self.folder / f"{stage}.log"
-
-    def run(self, stage: str, *command: str | Path, limit: float, **environment: str) -> Ended:
-        """Runs a command, its output appended to the stage's log; ends it and its children when time is up."""
-        with self.log(stage).open("a+", errors="replace") as log:
-            log.write(f"$ {' '.join(map(str, command))}\n")
-            log.flush()
-            begin = log.tell()
-            process = subprocess.Popen(
-                command, cwd=self.root, env=self.environment | environment, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-            status: int | None = None
-            try:
-                status = process.wait(limit)
-            except subprocess.TimeoutExpired:
-                log.write(f"\nended after {limit:.0f} s\n")
-            finally:
-                if status is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-            log.seek(begin)
-            return Ended(status, log.read())
+    shown: str = ""
 
 
 def environment(check: Check, machine: dict[str, Any]) -> Stage:
@@ -128,33 +83,31 @@ def environment(check: Check, machine: dict[str, Any]) -> Stage:
     found = needs(check.root, check.options.wheels)
     tools = {}
     for tool in ("g++", "cmake", "ninja", "nvcc", "compute-sanitizer"):
-        version = re.search(r"\d+\.\d+(\.\d+)*", _output(tool, "--version"))
+        version = re.search(r"\d+\.\d+(\.\d+)*", output_of(_tool(tool) or tool, "--version"))
         tools[tool] = version.group() if version else None
     machine["tools"] = tools
+    machine["link"] = output_of(
+        "nvidia-smi", "--query-gpu=pcie.link.gen.max,pcie.link.width.max", "--format=csv,noheader"
+    )
+    machine["locked_memory"] = output_of("bash", "-c", "ulimit -l")
     lines = [json.dumps(machine, indent=1), f"wheels to install: {[path.name for path in found.wheels]}"]
-    lines += [_output("nvidia-smi"), _output("bash", "-c", "ulimit -a; df -h /dev/shm; free -g")]
+    lines += [output_of("nvidia-smi"), output_of("bash", "-c", "ulimit -a; df -h . /dev/shm; free -g")]
     check.log("environment").write_text("\n".join(lines) + "\n")
     if found.missing:
         where = f"deploy/gpu/wheels.sh {'.'.join(machine['python'].split('.')[:2])} where there is internet"
         return Stage("environment", "failed", 0, f"missing: {', '.join(found.missing)}; run {where}")
-    versions = [f"{name} {machine.get(name)}" for name in ("driver", "python", "torch", "triton")]
-    return Stage("environment", "passed", 0, ", ".join([machine["card"], *versions]))
+    named = (
+        f"{name} {machine.get(name)}" for name in ("driver", "python", "torch", "triton") if machine.get(name)
+    )
+    return Stage("environment", "passed", 0, ", ".join([machine["card"], *named]))
 
 
 def build(check: Check) -> Stage:
     """The wheels that are needed, and memlane, into a folder of its own: nothing of the machine's is changed."""
     shutil.rmtree(check.site, ignore_errors=True)
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-index",
-        "--no-deps",
-        "--target",
-        str(check.site),
-    ]
+    check.log("build").unlink(missing_ok=True)
+    pip: list[str] = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    pip += ["--target", str(check.site)]
     wheels = needs(check.root, check.options.wheels).wheels
     commands = [[*pip, *map(str, wheels)]] if wheels else []
     native = f"--config-settings=build-dir={check.folder / 'native'}"
@@ -164,102 +117,150 @@ def build(check: Check) -> Stage:
     for command in commands:
         ended = check.run("build", *command, limit=max(1.0, deadline - time.monotonic()))
         if ended.status != 0:
-            return Stage("build", "failed", 0, _how(ended))
+            return Stage("build", "failed", 0, str(ended), shown=_tail(check.log("build")))
     return Stage("build", "passed", 0, f"{len(wheels)} wheels; {ended.output.strip()}")
 
 
-def tests(check: Check) -> Stage:
-    """All tests of the GPU path."""
-    report = check.folder / "tests.xml"
-    report.unlink(missing_ok=True)
-    ended = check.run(
-        "tests",
-        *_pytest(report),
-        *check.options.tests,
-        limit=check.limit(200, leave=min(150, check.options.limit / 3)),
+def kernel_files(check: Check) -> list[str]:
+    """Tests of single kernels."""
+    return [file for file in _files(check) if Path(file).stem in _KERNEL_TESTS]
+
+
+def other_files(check: Check) -> list[str]:
+    """Tests of what is made of kernels."""
+    return [file for file in _files(check) if Path(file).stem not in _KERNEL_TESTS]
+
+
+def tests(check: Check, name: str, files: Sequence[str], seconds: float) -> Stage:
+    """Files of tests, each in processes of its own."""
+    # All kernels are compiled for all cards only where there are processors for it.
+    way = Way(
+        timeout=120.0 if check.options.without_gpu else 60.0,
+        environment={"MEMLANE_AOT": "all"} if check.jobs >= 4 else {},
     )
-    counted = _counted(report)
-    detail = f"{_how(ended)}, {counted.passed} passed, {counted.failed} failed, {counted.skipped} skipped"
-    outcome = "passed" if ended.status == 0 and counted.passed else "failed"
-    return Stage("tests", outcome, 0, detail, counted._asdict())
+    found = run_parts(check, name, _parts(check, files), seconds, way)
+    failed = any(one.problems or one.incomplete for one in found) or not any(one.passed for one in found)
+    return _of_tests(check, name, failed, [], found)
 
 
-def sanitize(check: Check, tool: str) -> Stage:
-    """Some tests under compute-sanitizer, as many as its time allows; what it finds, or a test that fails, is a failure."""
-    sanitizer = shutil.which("compute-sanitizer")
+def sanitize(check: Check, tool: str, seconds: float) -> Stage:
+    """Tests of kernels under compute-sanitizer, as many as its time allows; what it finds, or a test that fails, is a
+    failure."""
+    sanitizer = _tool("compute-sanitizer")
     if sanitizer is None:
         return Stage(tool, "skipped", 0, "compute-sanitizer is not installed")
-    report = check.folder / f"{tool}.xml"
-    report.unlink(missing_ok=True)
-    limit = check.limit(75, leave=90)
-    selection = [*check.options.tests, "-k", check.options.sanitize]
-    ended = check.run(
-        tool, sanitizer, "--tool", tool, f"--error-exitcode={_SANITIZER_FOUND}",
-        *_pytest(report), f"--session-timeout={max(1.0, limit - _LAST_TEST):.0f}", *selection, limit=limit,
-        PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # else what lies beyond a tensor is torch's, and no error
-        MEMLANE_SANITIZER="1",  # tests may take smaller inputs
-    )  # fmt: skip
-    counted = _counted(report)
-    stopped = ended.status == 1 and not counted.failed and "session-timeout" in ended.output
-    if ended.status == _SANITIZER_FOUND:
-        detail = next(
-            (line for line in ended.output.splitlines() if "SUMMARY" in line), "errors found"
-        ).strip("= ")
-    else:
-        detail = "as many as time allowed" if stopped else _how(ended)
-    passed = (ended.status == 0 or stopped) and counted.passed > 0
-    detail += f", {counted.passed} passed, {counted.failed} failed, {counted.skipped} skipped"
-    return Stage(tool, "passed" if passed else "failed", 0, detail, counted._asdict())
+    files = [file for file in _files(check) if Path(file).stem in _SANITIZED]
+    way = Way(
+        timeout=seconds,
+        select=check.options.sanitize,
+        prefix=(sanitizer, "--tool", tool, f"--error-exitcode={_SANITIZER_FOUND}"),
+        environment={
+            "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # else what lies beyond a tensor is torch's, and no error
+            "MEMLANE_SANITIZER": "1",  # tests take smaller inputs
+        },
+    )
+    found = run_parts(check, tool, _parts(check, files), seconds, way)
+    errors = [
+        next((line for line in reversed(one.output.splitlines()) if "SUMMARY" in line), "errors").strip("= ")
+        for one in found
+        if _SANITIZER_FOUND in one.statuses
+    ]
+    failed = bool(errors) or any(one.problems for one in found) or not any(one.passed for one in found)
+    return _of_tests(check, tool, failed, errors, found)
 
 
-def benchmark(check: Check) -> Stage:
-    """The figures, in the time that is left."""
-    program: Path = check.root / check.options.benchmark
-    if not program.exists():
-        return Stage("benchmark", "skipped", 0, f"there is no {program.relative_to(check.root)}")
-    found = check.folder / "benchmark.json"
+def measure(
+    check: Check, name: str, program: str, arguments: Sequence[str | Path], seconds: float, least: float
+) -> Stage:
+    """A benchmark of its own process. Figures that it wrote before its time was up count. least: seconds that it is worth
+    starting with."""
+    if seconds < (5 if check.options.without_gpu else least):
+        return Stage(name, "skipped", 0, f"{seconds:.0f} s are too few")
+    check.log(name).unlink(missing_ok=True)
+    found = check.log(name).with_suffix(".json")
     found.unlink(missing_ok=True)
-    limit = check.limit(150)
-    ended = check.run(
-        "benchmark", sys.executable, program, f"--seconds={max(1.0, limit - 20):.0f}", "--json", found, limit=limit
-    )  # fmt: skip
-    print(ended.output)
-    if ended.status != 0:
-        return Stage("benchmark", "failed", 0, _how(ended))
+    small = ["--small"] if check.options.without_gpu else []
+    path = check.root / "benchmarks" / program
+    ended = check.run(name, sys.executable, path, *arguments, *small, "--json", found, limit=seconds)
     try:
         figures = json.loads(found.read_text())
-    except (OSError, ValueError) as error:
-        return Stage("benchmark", "failed", 0, f"it left no figures: {error}")
-    return Stage("benchmark", "passed", 0, "figures above", figures)
+    except (OSError, ValueError):
+        figures = None
+    shown = "\n".join(line for line in ended.output.splitlines() if not line.startswith("{"))
+    done = ended.status == 0 and figures is not None
+    detail = "figures above" if done else f"{ended}, {'some' if figures else 'no'} figures"
+    return Stage(name, "passed" if done else "failed", 0, detail, figures, shown)
 
 
-def _pytest(report: Path) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+def write_models(check: Check, seconds: float) -> Stage:
+    """Models for the benchmarks that decode, while tests run."""
+    name = "models"
+    check.log(name).unlink(missing_ok=True)
+    shutil.rmtree(check.models, ignore_errors=True)
+    small = ["--small"] if check.options.without_gpu else []
+    path = check.root / "benchmarks" / "gpu_decode.py"
+    ended = check.run(name, sys.executable, path, "--write", check.models, *small, limit=seconds)
+    failed = ended.status != 0
+    last = (ended.output.strip().splitlines() or [""])[-1]
+    return Stage(name, "failed" if failed else "passed", 0, str(ended) if failed else last, None,
+                 _tail(check.log(name)) if failed else "")  # fmt: skip
 
 
-def _counted(report: Path) -> Tests:
-    try:
-        suites = ElementTree.parse(report).getroot().iter("testsuite")
-    except (OSError, ElementTree.ParseError):
-        return Tests(0, 0, 0)
-    total = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
-    for suite in suites:
-        total = {name: count + int(suite.get(name, 0)) for name, count in total.items()}
-    failed = total["failures"] + total["errors"]
-    return Tests(total["tests"] - failed - total["skipped"], failed, total["skipped"])
+def _files(check: Check) -> list[str]:
+    asked = [check.root / path for path in check.options.tests]
+    found = [file for path in asked for file in (sorted(path.glob("test_*.py")) if path.is_dir() else [path])]
+    return [str(file.relative_to(check.root)) for file in found]
 
 
-def _how(ended: Ended) -> str:
-    return "out of time" if ended.status is None else f"exit status {ended.status}"
+def _parts(check: Check, files: Sequence[str]) -> list[Part]:
+    """One for each file, but several of one whose kernels or graphs take long to make."""
+    found = []
+    for file in files:
+        parts = min(check.jobs, _IN_PARTS.get(Path(file).stem, 1))
+        found += [Part(file, number, parts) for number in range(1, parts + 1)]
+    return found
 
 
-def _output(*command: str) -> str:
-    try:
-        return subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=20, stdin=subprocess.DEVNULL
-        ).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+def _of_tests(check: Check, name: str, failed: bool, errors: Sequence[str], found: Sequence[Found]) -> Stage:
+    passed, skipped = sum(one.passed for one in found), sum(one.skipped for one in found)
+    counts = f"{passed} passed, {sum(len(one.problems) for one in found)} failed, {skipped} skipped"
+    slowest = max((one.slowest for one in found), default=(0.0, ""))
+    incomplete = [f"{one.part.name}: {one.incomplete}" for one in found if one.incomplete]
+    figures = {
+        one.part.name: {
+            "passed": one.passed,
+            "failed": [f"{test.split('::', 1)[-1]}: {why[:_WIDE]}" for test, why in one.problems],
+            "skipped": one.skipped,
+            "incomplete": one.incomplete,
+            "seconds": one.seconds,
+        }
+        for one in found
+    }
+    detail = "; ".join([*errors, counts, *incomplete, f"slowest {slowest[1]} {slowest[0]:.0f} s"])
+    shown = _troubles(check, name, found) if failed else ""
+    return Stage(name, "failed" if failed else "passed", 0, detail, figures, shown)
+
+
+def _troubles(check: Check, stage: str, found: Sequence[Found]) -> str:
+    """What failed, a line each, and how the logs of those parts end."""
+    lines = []
+    for one in found:
+        if one.problems or one.incomplete or _SANITIZER_FOUND in one.statuses:
+            log = check.log(f"{stage}-{one.part.name}")
+            lines += [f"{problem.test}: {problem.why}"[: 2 * _WIDE] for problem in one.problems]
+            lines += [f"{one.part.name}: {one.incomplete}"] if one.incomplete else []
+            lines += [f"the end of {log}:", _tail(log)] if log.exists() else []
+    return "\n".join(lines)
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()[-_TAIL:]
+    return "\n".join(f"   | {line[:_WIDE]}" for line in lines)
+
+
+def _tool(name: str) -> str | None:
+    """Where a tool is, also where CUDA is installed but not on the path."""
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
 def probe(check: Check) -> dict[str, Any]:
@@ -272,7 +273,7 @@ def probe(check: Check) -> dict[str, Any]:
         machine = {"python": sys.version.split()[0], "torch": None, "problem": ended.output[-2000:]}
     gpus = machine.get("gpus") or []
     machine["card"] = gpus[0]["name"] if gpus else None
-    machine["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split(
+    machine["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split(
         "\n"
     )[0]
     return machine

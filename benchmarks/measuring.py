@@ -78,10 +78,17 @@ def header(benchmark: str) -> Result:
 
 def finish(result: Result, out: Path | None) -> None:
     """Prints the result as one line of JSON, and writes it to a file where one is wanted."""
+    write(result, out)
+    print(json.dumps(result))
+
+
+def write(result: Result, out: Path | None) -> None:
+    """Writes what there is so far, whole or not at all, to a file where one is wanted."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+        partial = out.with_name(f".{out.name}")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.replace(out)
 
 
 class DiskSpeed(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,12 @@ import torch
 def device() -> str:
     """Where kernels run: "cuda", or "cpu" in the interpreter, which is slow: keep inputs small there."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def scale(device: str) -> int:
+    """How much larger than in the interpreter inputs may be: 1 there, 1000 on a GPU, 20 where every access is checked."""
+    return 1 if device == "cpu" else 20 if os.environ.get("MEMLANE_SANITIZER") else 1000
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -54,9 +54,8 @@ def ids_of(rng: np.random.Generator, n: int, rows: int) -> NDArray[np.int64]:
 
 @pytest.mark.parametrize("interpreted", [False, True])
 @pytest.mark.parametrize("scratch", [0, 40])
-def test_every_id_gets_its_row(device: str, interpreted: bool, scratch: int) -> None:
+def test_every_id_gets_its_row(device: str, scale: int, interpreted: bool, scratch: int) -> None:
     rng = np.random.default_rng()
-    scale = 1000 if device == "cuda" else 1
     rows, n = 250 * scale, 70 * scale
     source = table(rows, device)
     cache = cache_of(rows, 2 * scale, device, scratch=scratch * scale, interpreted=interpreted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -12,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from gpu_process import Check
+from gpu_tests import Found, Part, Way, run_parts
 
 DRIVER = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
 
@@ -59,13 +65,41 @@ def test_graph():
     assert "MEMLANE_SANITIZER" not in os.environ
 
 def test_may_fail():
-    if os.environ.get("TOY") == "hang":
-        print("about to hang")
-        time.sleep(100)
     assert os.environ.get("TOY") != "fail", "toy failure"
 
 @pytest.mark.skipif(True, reason="no CUDA device")
 def test_skipped(): ...
+"""
+
+# Each of these would keep the others from being seen.
+BAD_TESTS = """
+import ctypes, os, time
+import torch
+
+def test_good(): ...
+
+def test_hangs():
+    ctypes.CDLL(None).sleep(60)  # as a kernel that never ends: no signal is handled meanwhile
+
+def test_hangs_with_the_gil():
+    ctypes.PyDLL(None).sleep(60)
+
+def test_good_after_a_hang(): ...
+
+def test_crashes():
+    os.kill(os.getpid(), 11)
+
+def test_good_after_a_crash(): ...
+
+def test_breaks_the_gpu():
+    torch.cuda.break_it()
+    torch.cuda.synchronize()
+
+def test_good_after_a_broken_gpu():
+    torch.cuda.synchronize()
+
+def test_may_wait():
+    time.sleep(60 if os.environ["TOY"] == "wait" else 0)
 """
 
 SANITIZER = """#!/usr/bin/env bash
@@ -86,16 +120,38 @@ import os, types
 __version__ = "2.11.0+toy"
 version = types.SimpleNamespace(cuda="13.0")
 card = types.SimpleNamespace(name="NVIDIA Toy 1", major=9, minor=0, total_memory=1 << 37, multi_processor_count=132)
-cuda = types.SimpleNamespace(is_available=lambda: "TOY_GPU" in os.environ, device_count=lambda: 1,
-                             get_device_properties=lambda i: card)
+class Cuda:
+    broken = False
+    device_count = is_initialized = lambda self: 1
+    get_device_properties = lambda self, i: card
+    def is_available(self): return "TOY_GPU" in os.environ
+    def break_it(self): self.broken = True
+    def synchronize(self):
+        if self.broken: raise RuntimeError("CUDA error: an illegal memory access was encountered")
+cuda = Cuda()
 """
 
-BENCHMARK = """
+KERNELS = """
 import json, pathlib, sys
-seconds, flag, out = sys.argv[1:]
-assert flag == "--json" and 0 < float(seconds.removeprefix("--seconds=")) <= 130
+*_, flag, out = sys.argv
+assert flag == "--json"
 print("figure  ceiling")
-pathlib.Path(out).write_text(json.dumps({"gather": 3.6}))
+found = {"ceilings": {"device_bytes_per_s": 4e12}, "host_misses": [
+    {"row_format": "bfloat16", "of_copy": 0.85, "bytes": 5e9, "seconds": 0.1}, {"row_format": "int4", "of_copy": 0.7, "bytes": 1e9, "seconds": 0.1}]}
+pathlib.Path(out).write_text(json.dumps(found))
+print(json.dumps(found))
+"""
+DECODE = """
+import json, pathlib, sys
+if "--write" in sys.argv:
+    pathlib.Path(sys.argv[sys.argv.index("--write") + 1]).mkdir()
+    print("two toys written")
+    raise SystemExit
+assert pathlib.Path(sys.argv[sys.argv.index("--models") + 1]).is_dir()
+row_format = sys.argv[sys.argv.index("--formats") + 1]
+one = {"placement": "device", "row_format": row_format, "batch": 1, "step_seconds": 1 / 3, "bandwidth_bound_seconds": 0.25,
+       "of_bandwidth_bound": 0.75, "hit_rate": None}
+pathlib.Path(sys.argv[-1]).write_text(json.dumps({"decode": [one]}))
 """
 
 
@@ -117,8 +173,10 @@ def toy(tmp_path: Path) -> Path:
         "backend.py": BACKEND,
         "engine/memlane/__init__.py": "",
         "engine/memlane/native.py": "def kernel_variant(): return 'toy'\n",
-        "tests/gpu/test_toy.py": TESTS,
-        "benchmarks/gpu.py": BENCHMARK,
+        "tests/gpu/test_rows.py": TESTS,
+        "tests/gpu/test_toy.py": "def test_toy(): ...",
+        "benchmarks/gpu_kernels.py": KERNELS,
+        "benchmarks/gpu_decode.py": DECODE,
         "bin/compute-sanitizer": SANITIZER,
         "stubs/torch.py": TORCH,
         "stubs/triton.py": "__version__ = '3.6.0'",
@@ -167,63 +225,121 @@ class Ran:
         return next(stage for stage in self.result["stages"] if stage["name"] == name)
 
 
+STAGES = [
+    "environment", "build", "kernel tests", "models", "kernels", "engine tests", "memcheck", "racecheck",
+    "decode", "decode int4", "other formats",
+]  # fmt: skip
+
+
 def test_all_is_well(toy: Path) -> None:
     out = toy / "out" / "result.json"
     ran = Ran(toy, "--without-gpu", f"--out={out}")
     assert ran.status == 0, ran.text
     assert set(ran.outcomes.values()) == {"passed"}
-    assert list(ran.outcomes) == ["environment", "build", "tests", "memcheck", "racecheck", "benchmark"]
+    assert list(ran.outcomes) == STAGES
     assert json.loads(out.read_text()) == ran.result
     assert ran.result["machine"]["tools"]["compute-sanitizer"] == "2025.3.1"
-    assert ran.stage("benchmark")["figures"] == {"gather": 3.6}
-    assert "figure  ceiling" in ran.lines
-    assert ran.stage("tests")["figures"] == {"passed": 3, "failed": 0, "skipped": 1}
-    assert ran.stage("memcheck")["figures"] == {"passed": 2, "failed": 0, "skipped": 1}  # not the graphs
+    counts = {"passed": 3, "failed": [], "skipped": 1, "incomplete": ""}
+    assert ran.stage("kernel tests")["figures"]["test_rows"].items() >= counts.items()
+    assert ran.stage("engine tests")["figures"]["test_toy"]["passed"] == 1
+    assert (
+        ran.stage("memcheck")["figures"]["test_rows"].items() >= (counts | {"passed": 2}).items()
+    )  # not the graphs
     site = toy / "build" / "gpu-check" / "site"
     assert {p.name for p in site.iterdir() if p.suffix == ".py"} == {"toy_need.py", "toy_deeper.py"}
     assert (site / "toy_need.py").read_text() == "version = '2.1'\n"
     assert f"native core toy from {site}" in ran.stage("build")["detail"]
-    table = next(i for i, line in enumerate(ran.lines) if line.startswith("stage "))
-    assert [line.split()[:2] for line in ran.lines[table + 1 : -1]] == [
-        [name, "passed"] for name in ran.outcomes
-    ]
+    assert ran.stage("models")["detail"] == "two toys written"
+    assert ran.stage("decode")["figures"]["decode"][0]["step_seconds"] == 0.3333
+    assert "figure  ceiling" in ran.lines
+    table = next(i for i in reversed(range(len(ran.lines))) if ran.lines[i].startswith("stage "))
+    rows = [line.split("passed")[0].strip() for line in ran.lines[table + 1 : table + 1 + len(STAGES)]]
+    assert rows == STAGES
+    assert not (toy / "build" / "gpu-check" / "models").exists()
+    assert "==== build.log" in (toy / "build" / "gpu-check" / "all-logs.txt").read_text()
+
+
+def test_goals_are_told_beside_what_was_measured(toy: Path) -> None:
+    ran = Ran(toy, "--without-gpu", "--limit=60")
+    goals = {goal["what"]: goal for goal in ran.result["goals"]}
+    assert len(goals) == 15
+    met = {what: goal["met"] for what, goal in goals.items() if goal["got"] is not None}
+    assert met == {
+        "misses from the host, bfloat16: of pinned copy": True,
+        "misses from the host, int4: of pinned copy": False,
+        "decode 1, bfloat16: of bandwidth bound": True,
+        "decode 1, int4: of bandwidth bound": True,
+    }
+    line = next(line for line in reversed(ran.lines) if line.startswith("misses from the host, bfloat16"))
+    assert line.split()[-6:] == [">=", "0.8", "0.85", "yes", "50.0", "GB/s"]
+
+
+def test_what_is_found_is_told_after_every_stage(toy: Path) -> None:
+    """So that a run that is cut off has said it, and left it in the file."""
+    (toy / "benchmarks" / "gpu_kernels.py").write_text("import os; os.kill(os.getppid(), 9)")
+    ran = Ran(toy, "--without-gpu")
+    assert ran.status == -9
+    (written,) = (toy / "build" / "gpu-check").glob("*-gpu-check-no-gpu.json")
+    told = next(json.loads(line) for line in ran.lines if line.startswith("{"))
+    assert told == json.loads(written.read_text())
+    assert [stage["name"] for stage in told["stages"]] == STAGES[:4]
 
 
 def test_what_fails_is_shown_and_the_rest_runs(toy: Path) -> None:
+    (toy / "benchmarks" / "gpu_kernels.py").write_text(KERNELS + "raise SystemExit(3)")
     ran = Ran(toy, "--without-gpu", TOY="fail")
     assert ran.status == 1
     failed = {name for name, outcome in ran.outcomes.items() if outcome == "failed"}
-    assert failed == {"tests", "memcheck", "racecheck"}
+    assert failed == {"kernel tests", "memcheck", "racecheck", "kernels", "other formats"}
+    assert "tests/gpu/test_rows.py::test_may_fail: AssertionError: toy failure" in ran.text
     assert any(line.startswith("   | ") and "toy failure" in line for line in ran.lines)
+    assert ran.stage("kernels")["detail"] == "exit status 3, some figures"
+    assert ran.stage("kernels")["figures"]["host_misses"][0]["of_copy"] == 0.85
     assert list((toy / "build" / "gpu-check").glob("*-gpu-check-no-gpu.json"))
     assert not (toy / "benchmarks" / "results").exists()
 
 
 def test_what_the_sanitizer_finds_is_a_failure(toy: Path) -> None:
-    (toy / "benchmarks" / "gpu.py").write_text("print('half a table'); raise SystemExit(3)")
     ran = Ran(toy, "--without-gpu", TOY="races")
     assert ran.status == 1
     assert (ran.outcomes["memcheck"], ran.outcomes["racecheck"]) == ("passed", "failed")
     assert ran.stage("racecheck")["detail"].startswith("RACECHECK SUMMARY: 2 hazards")
-    assert (ran.outcomes["benchmark"], ran.stage("benchmark")["detail"]) == ("failed", "exit status 3")
 
 
-def test_time_runs_out(toy: Path) -> None:
-    (toy / "bin" / "compute-sanitizer").unlink()
-    (toy / "benchmarks" / "gpu.py").unlink()
-    ran = Ran(toy, "--without-gpu", "--limit=18", TOY="hang")
-    assert ran.status == 1
-    assert ran.outcomes == {
-        "environment": "passed",
-        "build": "passed",
-        "tests": "failed",
-        "memcheck": "skipped",
-        "racecheck": "skipped",
-        "benchmark": "skipped",
+def run_bad_tests(toy: Path, seconds: float, **environment: str) -> Found:
+    (toy / "tests" / "gpu" / "test_bad.py").write_text(BAD_TESTS)
+    check = Check(argparse.Namespace(root=toy, limit=100.0, without_gpu=False))
+    way = Way(timeout=1.0, grace=0.5, environment={
+        "PYTHONPATH": f"{DRIVER.parent / 'plugin'}{os.pathsep}{toy / 'stubs'}", "TOY_GPU": "1", **PLUGINS, **environment,
+    })  # fmt: skip
+    (found,) = run_parts(check, "toy", [Part("tests/gpu/test_bad.py")], seconds, way)
+    return found
+
+
+def test_bad_tests_hide_no_others(toy: Path) -> None:
+    found = run_bad_tests(toy, 60, TOY="")
+    assert {problem.test.split("::")[1]: problem.why for problem in found.problems} == {
+        "test_hangs": "hung: more than 1 s",
+        "test_hangs_with_the_gil": "hung: more than 1 s",
+        "test_crashes": "took the process with it (SIGSEGV)",
+        "test_breaks_the_gpu": "RuntimeError: CUDA error: an illegal memory access was encountered",
     }
-    assert ran.stage("tests")["detail"].startswith("out of time")
-    assert "not installed" in ran.stage("memcheck")["detail"]
-    assert ran.stage("tests")["seconds"] < 18
+    assert (found.passed, found.incomplete, len(found.statuses)) == (5, "", 5)
+
+
+def test_time_runs_out(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (toy / "tests" / "gpu" / "test_bad.py").write_text(
+        "def test_good(): ...\ndef test_long(): __import__('time').sleep(60)"
+    )
+    monkeypatch.setattr("gpu_tests._LEAST_SECONDS", 1.0)
+    check = Check(argparse.Namespace(root=toy, limit=100.0, without_gpu=True))
+    (found,) = run_parts(check, "toy", [Part("tests/gpu/test_bad.py")], 3, Way())
+    assert found.seconds < 9
+    assert found.passed == 1
+    assert found.problems == [("tests/gpu/test_bad.py::test_long", "did not end before time was up")]
+    assert found.incomplete == "no time left"
+    assert check.limit(50) == 50
+    assert 45 < check.limit(1000, 0.4) < 60
 
 
 def test_a_package_that_nobody_brought(toy: Path) -> None:
@@ -241,7 +357,7 @@ def test_a_build_that_fails(toy: Path) -> None:
     (toy / "engine" / "memlane" / "native.py").write_text("raise ImportError('no core')")
     ran = Ran(toy, "--without-gpu")
     assert ran.status == 1
-    assert list(ran.outcomes.values()) == ["passed", "failed", "skipped", "skipped", "skipped", "skipped"]
+    assert list(ran.outcomes.values()) == ["passed", "failed", *["skipped"] * (len(STAGES) - 2)]
     assert any("no core" in line for line in ran.lines)
 
 

@@ -209,10 +209,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m memlane.kernels.aot", description=main.__doc__)
     parser.add_argument("--target", action="append", help="such as sm_90; may be repeated")
     parser.add_argument("--match", default="", help="only those with this in their name")
+    parser.add_argument("--job", action="append", help="NAME@TARGET, no others; may be repeated")
     parser.add_argument("--json", action="store_true", help="print JSON, with the PTX")
     options = parser.parse_args()
     targets = options.target or list(DEFAULT_TARGETS)
     jobs = [(one.name, target) for one in compilations() if options.match in one.name for target in targets]
+    if options.job:
+        jobs = [(name, target) for name, _, target in (job.rpartition("@") for job in options.job)]
     with ProcessPoolExecutor() as pool:
         reports = list(pool.map(_compile_one, jobs))
     if options.json:
