@@ -94,7 +94,8 @@ def test_graphs_and_eager_batches_agree_bit_by_bit(
     assert made == {Cut if cut else Whole}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+# What is traced depends on no dtype, and tracing is all that a CPU does of it.
+@pytest.mark.parametrize("dtype", DTYPES if torch.cuda.is_available() else DTYPES[:1])
 def test_compiled_layers_agree_with_modules(
     device: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -41,7 +41,9 @@ def build(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Transforme
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled_yet() -> Iterator[None]:
+def nothing_compiled_yet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # To see which vector instructions a compiler knows it is run several times, and takes seconds.
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", lambda: [])
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -101,7 +103,8 @@ def test_what_inductor_makes_computes_the_same() -> None:
     block, fused = model.layers[0], Fused(model.config)
     x, attended = torch.randn(6, 32).bfloat16(), torch.randn(6, 4, 8).bfloat16()
     rope = rope_at(torch.arange(6), 8, 10000.0)
-    with torch.inference_mode(), torch._inductor.config.patch(cpp_cache_precompile_headers=False):
+    uncached = {"cpp_cache_precompile_headers": False, "force_disable_caches": True}
+    with torch.inference_mode(), torch._inductor.config.patch(uncached):
         out = fused.feed_forward(x, attended, *weights_after_attention(block))
         wanted, _ = block.plain(x, rope, lambda layer, q, k, v: attended)
     torch.testing.assert_close(out, wanted, rtol=0.02, atol=0.02)
