@@ -16,17 +16,16 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
-import pytest
 import torch
+from simulated_graphs import DEVICE, Capturing, Graph, Op, Refused, Stream, Uses
 from simulated_streams import Line, Memory
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["CudaTensor", "Refused", "Simulation", "simulated"]
+__all__ = ["CudaTensor", "Simulation"]
 
 _POOL = 32  # streams that torch makes of each priority; then it begins anew
 
@@ -35,10 +34,6 @@ _WAITING = {
     "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "unique", "_unique", "_unique2", "unique_dim",
     "unique_consecutive", "masked_select", "bincount", "repeat_interleave",
 }  # fmt: skip
-
-
-class Refused(AssertionError):
-    """What a GPU, or the rule that a step waits for nothing, does not allow."""
 
 
 class CudaTensor(Tensor):
@@ -64,7 +59,7 @@ class CudaTensor(Tensor):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return torch.device("cuda", 0)
+        return DEVICE
 
     @property
     def is_cuda(self) -> bool:  # type: ignore[override]
@@ -84,135 +79,8 @@ class CudaTensor(Tensor):
         return f"cuda:{self.host!r}"
 
 
-class Stream:
-    """torch.cuda.Stream. capture: the one that it is part of."""
-
-    def __init__(self, simulation: Simulation, name: str) -> None:
-        self._simulation = simulation
-        self.device = torch.device("cuda", 0)
-        self.line = Line(name)
-        self.capture: Capturing | None = None
-
-    def record_event(self, event: Event | None = None) -> Event:
-        event = event or Event(self._simulation)
-        event.record(self)
-        return event
-
-    def wait_event(self, event: Event) -> None:
-        if not event.recorded:
-            return
-        if event.capture is not None and not event.capture.over and self.capture is None:
-            self.capture = event.capture
-            self.capture.lines[self] = Line(f"captured {self.line.name}")
-        if event.capture is not self.capture:
-            raise Refused("an event of a capture is waited for outside it, or the other way round")
-        self._simulation.now(self).learn(event.known)
-        if self.capture is not None:
-            self.capture.tape.append(_Wait(self, event))
-
-    def wait_stream(self, other: Stream) -> None:
-        self.wait_event(other.record_event())
-
-    def synchronize(self) -> None:
-        if self.capture is not None:
-            raise Refused("a stream is waited for that is being captured")
-        self._simulation.host.learn(self.line.known)
-
-
-class Event:
-    """torch.cuda.Event."""
-
-    def __init__(self, simulation: Simulation, enable_timing: bool = False) -> None:
-        self._simulation = simulation
-        self.recorded = False
-        self.known: dict[int, int] = {}
-        self.capture: Capturing | None = None
-
-    def record(self, stream: Stream | None = None) -> None:
-        stream = stream or self._simulation.current
-        self.recorded, self.capture = True, stream.capture
-        self.known = dict(self._simulation.now(stream).known)
-        if self.capture is not None:
-            self.capture.tape.append(_Record(stream, self))
-
-    def synchronize(self) -> None:
-        if self._simulation.capturing:
-            raise Refused("an event is waited for within a capture")
-        if self.recorded:
-            assert self.capture is None
-            self._simulation.host.learn(self.known)
-
-    def elapsed_time(self, other: Event) -> float:
-        return 1.0
-
-
-class Uses(NamedTuple):
-    """What an operation does with memory. rows: of a memory, where only these are meant; asked when it runs."""
-
-    what: str
-    reads: Sequence[CudaTensor]
-    writes: Sequence[CudaTensor]
-    rows: Callable[[], list[tuple[CudaTensor, Sequence[int], bool]]] | None = None
-
-
-class _Op(NamedTuple):
-    """Done again at each replay, on the same memory."""
-
-    stream: Stream
-    again: Callable[[], None]
-    what: str
-    touched: list[tuple[weakref.ref[Memory], bool]]
-    rows: Callable[[], list[tuple[weakref.ref[Memory], Sequence[int], bool]]] | None
-
-
-class _Wait(NamedTuple):
-    stream: Stream
-    event: Event
-
-
-class _Record(NamedTuple):
-    stream: Stream
-    event: Event
-
-
-class Capturing:
-    """A capture under way: what was given to its streams."""
-
-    def __init__(self, origin: Stream) -> None:
-        self.origin = origin
-        self.lines = {origin: Line(f"captured {origin.line.name}")}
-        self.tape: list[_Op | _Wait | _Record] = []
-        self.fresh: list[Tensor] = []  # made within
-        self.inside: set[int] = set()
-        self.memories: list[weakref.ref[Memory]] = []
-        self.before: dict[int, tuple[Tensor, Tensor]] = {}  # what it wrote to, and how that was
-        self.over = False
-
-    def keep(self, host: Tensor) -> None:
-        """A capture computes nothing: what is written to is to be as it was."""
-        storage = host.untyped_storage()
-        if storage.data_ptr() not in self.before and storage.data_ptr() not in self.inside:
-            whole = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
-            self.before[storage.data_ptr()] = whole, whole.clone()
-
-    def end(self) -> None:
-        self.over = True
-        known = self.lines[self.origin].known
-        for stream, line in self.lines.items():
-            stream.capture = None
-            if known.get(line.number, 0) < line.known.get(line.number, 0):
-                raise Refused(f"{line.name} was not joined before the capture ended")
-        for whole, saved in self.before.values():
-            whole.copy_(saved)
-        for host in self.fresh:
-            host.fill_(float("nan") if host.is_floating_point() else 77)
-        for found in self.memories:
-            if (memory := found()) is not None:
-                memory.belongs_to_a_graph()
-
-
 class Simulation(TorchDispatchMode):
-    """One simulated GPU, numbered 0. See `simulated`."""
+    """One simulated GPU, the second of its machine. See `simulated`."""
 
     active: Simulation | None = None
 
@@ -230,6 +98,7 @@ class Simulation(TorchDispatchMode):
         self._launched: set[Any] = set()
         self.capture: Capturing | None = None
         self.launches = 0
+        self.current_device = 0
 
     # --- streams
 
@@ -247,7 +116,18 @@ class Simulation(TorchDispatchMode):
         line.learn(self.host.known)
         return line
 
+    def check_device(self, what: str, given: Any = None) -> None:
+        """Where none is given, what is done is done to the current device."""
+        index = (
+            self.current_device
+            if given is None or torch.device(given).index is None
+            else torch.device(given).index
+        )
+        if index != DEVICE.index:
+            raise Refused(f"{what}: on device {index}, not on the engine's")
+
     def stream(self, device: Any = None, priority: int = 0) -> Stream:
+        self.check_device("a stream", device)
         pool, made = self._streams.setdefault(priority, []), self._made.get(priority, 0)
         self._made[priority] = made + 1
         if made < _POOL:
@@ -256,16 +136,17 @@ class Simulation(TorchDispatchMode):
 
     @contextmanager
     def on(self, stream: Stream) -> Iterator[None]:
-        before = self.current
-        self._threads.stream = stream
+        before, device = self.current, self.current_device
+        self._threads.stream, self.current_device = stream, DEVICE.index
         try:
             yield
         finally:
-            self._threads.stream = before
+            self._threads.stream, self.current_device = before, device
 
     @contextmanager
     def graph(self, graph: Graph, pool: Any, stream: Stream, capture_error_mode: str) -> Iterator[None]:
         assert capture_error_mode == "thread_local", "the heartbeat's thread copies counters meanwhile"
+        self.check_device("a capture")
         self.synchronize()
         with self.on(stream):
             graph.capture = stream.capture = self.capture = Capturing(stream)
@@ -276,6 +157,7 @@ class Simulation(TorchDispatchMode):
                 graph.capture.end()
 
     def synchronize(self, device: Any = None) -> None:
+        self.check_device("waiting", device)
         if self.capturing:
             raise Refused("the device is waited for within a capture")
         for stream in [self.default, *(each for pool in self._streams.values() for each in pool)]:
@@ -348,6 +230,7 @@ class Simulation(TorchDispatchMode):
     def launch(self, uses: Uses, again: Callable[[], None]) -> None:
         """A kernel: what it does, done by `again`."""
         self.launches += 1
+        self.check_device(uses.what)
         self._use(uses, again, [tensor.host for tensor in uses.writes])
 
     def first_launch(self, key: Any) -> None:
@@ -364,7 +247,9 @@ class Simulation(TorchDispatchMode):
                 self.capture.fresh.append(host)
                 self.capture.inside.add(host.untyped_storage().data_ptr())
                 self.capture.memories.append(weakref.ref(memory))
-        with torch.inference_mode(False):  # C++ makes views of one that is no inference tensor, and would fail
+        with torch.inference_mode(
+            False
+        ):  # C++ makes views of one that is no inference tensor, and would fail
             return CudaTensor(host, memory)
 
     def _wait(self, what: str) -> None:
@@ -398,7 +283,9 @@ class Simulation(TorchDispatchMode):
         memory = None if host is None else self.pinned(host)
         if source.numel() and (not non_blocking or memory is None):
             pinned = "pinned" if memory is not None else "pageable"
-            self._wait(f"a copy of {list(source.shape)} to or from {pinned} memory, non_blocking={bool(non_blocking)},")
+            self._wait(
+                f"a copy of {list(source.shape)} to or from {pinned} memory, non_blocking={bool(non_blocking)},"
+            )
         if self.capturing:
             raise Refused("a copy to or from the host is captured: its memory may be gone at the replay")
         line = self.now(self.current)
@@ -479,7 +366,9 @@ class Simulation(TorchDispatchMode):
         """Puts down what memory is used; within a capture that of others is used at each replay."""
         stream = self.current
         line = self.now(stream)
-        touched = {(id(t.memory), w): (t.memory, w) for w in (False, True) for t in (uses.reads, uses.writes)[w]}
+        touched = {
+            (id(t.memory), w): (t.memory, w) for w in (False, True) for t in (uses.reads, uses.writes)[w]
+        }
         for memory, write in touched.values():
             if stream.capture is None or memory.owner in stream.capture.lines.values():
                 memory.use(line, uses.what, write=write)
@@ -495,46 +384,14 @@ class Simulation(TorchDispatchMode):
             return [(weakref.ref(t.memory), parts, write) for t, parts, write in rows()] if rows else []
 
         all_of_it = [(weakref.ref(memory), write) for memory, write in touched.values()]
-        stream.capture.tape.append(_Op(stream, again, uses.what, all_of_it, later if rows else None))
-
-
-class Graph:
-    """torch.cuda.CUDAGraph."""
-
-    def __init__(self, simulation: Simulation) -> None:
-        self._simulation = simulation
-        self.capture: Capturing | None = None
-
-    def replay(self) -> None:
-        simulation, capture = self._simulation, self.capture
-        assert capture is not None
-        assert capture.over
-        if simulation.capturing:
-            raise Refused("a graph is replayed within a capture")
-        line = simulation.now(simulation.current)
-        lines = {stream: Line(f"replayed {stream.line.name}") for stream in capture.lines}
-        lines[capture.origin].learn(line.known)
-        events: dict[int, dict[int, int]] = {}
-        for entry in capture.tape:
-            now = lines[entry.stream]
-            if isinstance(entry, _Record):
-                events[id(entry.event)] = dict(now.known)
-            elif isinstance(entry, _Wait):
-                now.learn(events[id(entry.event)])
-            else:
-                for found, write in entry.touched:
-                    if (memory := found()) is not None:
-                        memory.use(now, entry.what, write=write)
-                for found, parts, write in entry.rows() if entry.rows is not None else []:
-                    if (memory := found()) is not None:
-                        memory.use(now, entry.what, write=write, parts=parts)
-                entry.again()
-        line.learn(lines[capture.origin].known)
+        stream.capture.tape.append(Op(stream, again, uses.what, all_of_it, later if rows else None))
 
 
 def _is_view(func: Any) -> bool:
     aliases = any(out.alias_info is not None for out in func._schema.returns)
-    return func._schema.name in ("aten::detach", "aten::lift_fresh") or (aliases and not func._schema.is_mutable)
+    return func._schema.name in ("aten::detach", "aten::lift_fresh") or (
+        aliases and not func._schema.is_mutable
+    )
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[CudaTensor]:
@@ -544,62 +401,3 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[CudaTensor]:
             value = args[at] if at < len(args) else kwargs.get(argument.name)
             found += [t for t in tree_leaves(value) if isinstance(t, CudaTensor)]
     return found
-
-
-@contextmanager
-def simulated() -> Iterator[Simulation]:
-    """torch.cuda, and all tensors on "cuda", simulated within; at the end AssertionError for memory given back too early."""
-    simulation = Simulation()
-    Simulation.active = simulation
-    with pytest.MonkeyPatch.context() as patch, simulation:
-        _replace_torch(patch, simulation)
-        yield simulation
-    assert not simulation.freed, simulation.freed[:5]
-
-
-def _replace_torch(patch: pytest.MonkeyPatch, simulation: Simulation) -> None:
-    cuda = torch.cuda
-    device = torch.device("cuda", 0)
-    runtime = SimpleNamespace(cudaHostRegister=simulation.register, cudaHostUnregister=simulation.unregister)
-    for name, value in {
-        "is_available": lambda: True,
-        "_lazy_init": lambda: None,
-        "current_device": lambda: device.index,
-        "set_device": lambda given: None,
-        "get_device_name": lambda given=None: "Simulated",
-        "get_device_capability": lambda given=None: (9, 0),
-        "mem_get_info": lambda given=None: (60 << 30, 80 << 30),
-        "memory_reserved": lambda given=None: 0,
-        "empty_cache": lambda: None,
-        "graph_pool_handle": lambda: (0, 0),
-        "cudart": lambda: runtime,
-        "Stream": simulation.stream,
-        "Event": lambda enable_timing=False: Event(simulation, enable_timing),
-        "CUDAGraph": lambda: Graph(simulation),
-        "graph": simulation.graph,
-        "stream": simulation.on,
-        "current_stream": lambda given=None: simulation.current,
-        "synchronize": simulation.synchronize,
-        "is_current_stream_capturing": lambda: simulation.capturing,
-    }.items():
-        patch.setattr(cuda, name, value)
-
-    class Device:
-        def __init__(self, given: Any) -> None: ...
-
-        def __enter__(self) -> None: ...
-
-        def __exit__(self, *_: object) -> None: ...
-
-    patch.setattr(cuda, "device", Device)
-    make = torch.tensor
-
-    def tensor(data: Any, *, dtype: Any = None, device: Any = None, pin_memory: bool = False) -> Tensor:
-        made = make(data, dtype=dtype)
-        if pin_memory:
-            return simulation.pin(made)
-        return made if device is None else made.to(device)
-
-    patch.setattr(torch, "tensor", tensor)
-    patch.setattr(torch.Tensor, "pin_memory", lambda self: simulation.pin(self.clone()))
-

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from simulated_cuda import CudaTensor, Refused, Simulation, Uses
+from simulated_cuda import CudaTensor, Simulation
+from simulated_graphs import Refused, Uses
 from torch import Tensor
 
 from memlane.kernels import RowMemory, reference, reference_cache, row_cache, row_copy, rows, selection
@@ -26,7 +27,9 @@ _KERNELS: dict[Any, Sequence[str]] = {
     jit_row_cache: ("lookup", "touch", "claim", "forget"),
     jit_selection: ("choose",),
 }
-_SPECIALISED = ("choose",)  # kernels of which whole numbers are compiled in where they are 1 or multiples of 16
+_SPECIALISED = (
+    "choose",
+)  # kernels of which whole numbers are compiled in where they are 1 or multiples of 16
 
 
 class _Kernel:
@@ -46,7 +49,9 @@ class _Kernel:
                 if not self._simulation.readable(value):
                     raise Refused(f"argument {at} of {self._name} is memory that the GPU cannot read")
                 strides = self._name != "choose" or at > 0  # whose scores come with their strides
-                assert value.is_contiguous() or not strides, f"argument {at} of {self._name} is not contiguous"
+                assert value.is_contiguous() or not strides, (
+                    f"argument {at} of {self._name} is not contiguous"
+                )
                 kinds.append((value.dtype, value.data_ptr() % 16 == 0))
             else:
                 assert type(value) is int, f"argument {at} of {self._name}: {value!r}"
@@ -84,7 +89,11 @@ def _near_rows(near: RowMemory, slots: Tensor) -> Callable[[], list[tuple[CudaTe
 
     def found() -> list[tuple[CudaTensor, Sequence[int], bool]]:
         flat = _host(slots).flatten()
-        return [(near.data, flat[flat >= 0].unique().tolist(), False)] if isinstance(near.data, CudaTensor) else []
+        return (
+            [(near.data, flat[flat >= 0].unique().tolist(), False)]
+            if isinstance(near.data, CudaTensor)
+            else []
+        )
 
     return found
 
@@ -122,10 +131,16 @@ def _lookup(simulation: Simulation) -> Callable[..., None]:
     launched = row_cache.lookup
 
     def lookup(
-        state: CacheState, ids: Tensor, buffers: LookupBuffers, open_lookups: int = 1, live: Tensor | None = None
+        state: CacheState,
+        ids: Tensor,
+        buffers: LookupBuffers,
+        open_lookups: int = 1,
+        live: Tensor | None = None,
     ) -> None:
         launched(state, ids, buffers, open_lookups, live)
-        hosts = state._replace(words=_host(state.words), clock=_host(state.clock), counters=_host(state.counters))
+        hosts = state._replace(
+            words=_host(state.words), clock=_host(state.clock), counters=_host(state.counters)
+        )
         ids_there, into = _host(ids), LookupBuffers(*map(_host, buffers))
         writes = _there(state.words, state.clock, state.counters, *buffers)
         uses = Uses("lookup", _there(ids), writes)
