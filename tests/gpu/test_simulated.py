@@ -205,6 +205,16 @@ def test_counters_can_be_read_while_another_thread_captures(tmp_path: Path, simu
         table.close()
 
 
+def test_a_lookup_that_is_given_up_is_waited_for(tmp_path: Path, simulation: Simulation) -> None:
+    """Its buffers go back to the main stream while the side stream may still read them."""
+    with torch.cuda.device(DEVICE):
+        table = a_table(tmp_path, "host", 0)
+        for first in range(5):
+            table.begin(torch.arange(first, first + 8).view(2, 4).to(DEVICE)).close()
+        assert table.begin(torch.arange(8).view(2, 4).to(DEVICE)).gather().shape == (8, 16)
+        table.close()
+
+
 def test_a_lookup_in_parts_is_not_captured(
     tmp_path: Path, simulation: Simulation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
