@@ -53,6 +53,8 @@ class Engine:
         self.config = config
         weights = self.model.transformer.embed.weight
         self.device = weights.device
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # Triton, events and captures take the current one
         self.max_model_len = kv.max_model_len
         self.choices = choices.lines
         self.scheduler = Scheduler(
@@ -266,9 +268,10 @@ class Engine:
         return self.sequences.get(sequence.request_id) is sequence
 
     def _prepare_gpu(self, choices: Choices) -> None:
-        """Compile dense parts and capture decode steps."""
+        """Compile dense parts and kernels, and capture decode steps."""
         config = self.config
         self.model.transformer.fuse()
+        self.runner.warm_up(config.max_num_batched_tokens, self.max_model_len)
         if config.record_rows is not None:
             choices.note("CUDA graphs: off (what they read, padding included, is not to be recorded)")
             return

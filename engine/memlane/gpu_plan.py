@@ -63,7 +63,8 @@ def activation_bytes(config: EngineConfig, model: ModelConfig, itemsize: int) ->
     if model.memory is not None:
         m = model.memory
         per_token += m.rows_per_token * 48 + 4 * (3 * m.value_dim + 2 * m.num_heads * m.key_dim)
-    logits = config.max_num_seqs * model.vocab_size * 24  # fp32, and what sampling makes of them
+    # fp32 twice and the model's dtype; and of top_p, sorted scores, their ids, and three vectors of fp64
+    logits = config.max_num_seqs * model.vocab_size * (8 + itemsize + 4 + 8 + 24)
     scores = _SCORE_BYTES if model.memory is not None else 0
     return config.max_num_batched_tokens * per_token + logits + scores + _CONTEXT
 

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+# Where there is a GPU nothing of it is simulated: the other tests are the real thing.
+collect_ignore = ["test_simulated.py"] if torch.cuda.is_available() else []
+
 
 @pytest.fixture(scope="session")
 def device() -> str:

@@ -90,7 +90,8 @@ class Block(nn.Module):
     def fused(self, by: Fused, x: Tensor, rope: Rope, attention: Attention) -> Dense:
         """The dense part, by functions that are compiled."""
         heads = by.project(x, rope, self.attn_norm.weight, self.attn.wqkv.weight)
-        attended = attention(self.layer, *heads)
+        # Of one layout, whatever computes it: for another one everything would be compiled again, within a step.
+        attended = attention(self.layer, *heads).contiguous()
         wo, gain = self.attn.wo.weight, self.ffn_norm.weight
         if self.ffn is None:
             return Dense(*by.add_attention(x, attended, wo, gain))

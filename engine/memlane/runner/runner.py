@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from memlane.models import Transformer
 from memlane.models.pieces import Pieces, finish
+from memlane.request import SamplingParams
 from memlane.runner import halves
 from memlane.runner.attention import AttentionBackend, SdpaBackend
 from memlane.runner.batch import make_batch
@@ -18,10 +20,17 @@ from memlane.runner.decode_graphs import DecodeGraphs
 from memlane.runner.graphs import Capture
 from memlane.runner.kv import KVCache
 from memlane.runner.transfer import upload
-from memlane.scheduler import StepPlan
+from memlane.scheduler import Chunk, StepPlan
+from memlane.scheduler import Sequence as Tokens
+from memlane.scheduler.plan import make_plan
 from memlane.tables import RowReadError
 
 __all__ = ["Runner"]
+
+logger = logging.getLogger(__name__)
+
+# Of prompts: kernels are compiled for ranges of tokens, and these, whole or in halves, are one for each.
+_WARM_LENGTHS = (3, 100, 400)
 
 
 def _never(sequences: int) -> bool:
@@ -89,6 +98,30 @@ class Runner:
             self.transformer, self.kv, self.attention, batches, capture, cut=cut, halves=halves, split=split
         )
         self.decode.capture_all()
+
+    def warm_up(self, most: int, longest: int) -> None:
+        """Compute prompts nobody asked for, up to a step of `most` tokens, none beyond `longest`.
+
+        Kernels are compiled when they are first launched, which would take the first requests seconds; and a step that
+        does not fit the GPU's memory is better known of now.
+        """
+        for tokens in (*(n for n in _WARM_LENGTHS if n < most), most):
+            chunks = []
+            for begin in range(0, tokens, longest):
+                length = min(longest, tokens - begin)
+                sequence = Tokens("warm-up", [0] * length, SamplingParams(), max_length=length + 1)
+                sequence.blocks = [self.kv.sink // self.kv.block_size] * -(-length // self.kv.block_size)
+                chunks.append(Chunk(sequence, 0, length, True))
+            try:
+                self.run(make_plan(chunks))
+            except torch.OutOfMemoryError as error:
+                logger.warning(
+                    "a step of %d tokens does not fit the GPU, lower max_num_batched_tokens: %s",
+                    tokens,
+                    error,
+                )
+            except RowReadError as error:
+                logger.warning("a step of %d tokens was not tried: %s", tokens, error)
 
     def splits(self, plan: StepPlan) -> bool:
         """Whether the plan is run as two halves.

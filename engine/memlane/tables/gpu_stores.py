@@ -177,7 +177,7 @@ class _Cached:
         self._begun = 0  # lookups, each named by its number
         self._open: list[int] = []
         self._peeking = threading.Lock()
-        self._peek = new_stream(device)
+        self._peek = new_stream(device, urgent=True)
         self._peeked = host_buffer((len(cache.counters),), torch.int64, device)
         self._forgotten = 0
         self.live: Tensor | None = None  # int64 [1] on the device: ids of a lookup that are not padding

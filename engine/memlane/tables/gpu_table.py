@@ -152,11 +152,13 @@ class GpuLookup:
     """
 
     def __init__(self, table: GpuTable, ids: Tensor) -> None:
-        """Use GpuTable.begin."""
+        """Use GpuTable.begin. RuntimeError in a capture where there would be parts: the host must come in between."""
         self._table, self._ids = table, ids
         self._tokens, self._k = ids.shape
         most = table.store.most_ids
         self._step = max(1, self._tokens if most is None else most // max(1, self._k))
+        if self.in_parts and table.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"table {table.name!r}: {ids.numel()} ids are looked up in parts")
         self._kernels = row_kernels(table.device)
         self._ended = False
         self._rows: StoredRows | None = None  # of the part that is open

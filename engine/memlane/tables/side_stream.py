@@ -58,9 +58,15 @@ def _mark_main(side: torch.cuda.Stream) -> torch.cuda.Event:
     return mark
 
 
-def new_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """Another stream of a GPU; None for the CPU."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+def new_stream(device: torch.device, *, urgent: bool = False) -> torch.cuda.Stream | None:
+    """Another stream of a GPU; None for the CPU.
+
+    urgent: of high priority. torch has 32 streams of each priority and then hands the same ones out again, so only one of
+    another priority is sure not to be a stream of somebody else, which may be in the middle of a capture.
+    """
+    if device.type != "cuda":
+        return None
+    return torch.cuda.Stream(device, priority=-1 if urgent else 0)  # type: ignore[no-untyped-call]
 
 
 def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -75,10 +81,11 @@ def link_speed(device: torch.device) -> float:
         return math.inf
     host = host_buffer((_LINK_BYTES,), torch.uint8, device)
     there = torch.empty_like(host, device=device)
+    stream = torch.cuda.current_stream(device)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     for _ in range(2):  # the first one warms up
-        begin.record()
+        begin.record(stream)
         there.copy_(host, non_blocking=True)
-        end.record()
+        end.record(stream)
     end.synchronize()
     return 1e3 * _LINK_BYTES / float(begin.elapsed_time(end))
