@@ -24,7 +24,7 @@ __all__ = ["replace_kernels"]
 _KERNELS: dict[Any, Sequence[str]] = {
     jit_rows: ("weighted_sum", "dot", "gather"),
     jit_row_copy: ("copy_rows",),
-    jit_row_cache: ("lookup", "touch", "claim", "forget"),
+    jit_row_cache: ("lookup", "touch", "claim"),
     jit_selection: ("choose",),
 }
 _SPECIALISED = (

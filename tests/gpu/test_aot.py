@@ -47,7 +47,7 @@ SUMS = ["weighted_sum, bfloat16", "weighted_sum from near and far, bfloat16"]
 # A kernel takes about a second, until what it became is found in Triton's cache. So by default one of each kind is compiled
 # for one target, and for the others what is known to depend on them.
 SOME = ["copy of rows", *SUMS, "weighted_sum, int4", "dot, bfloat16", "gather", "choose 32 of 1024", "row cache, touch",
-        "row cache, claim", "row cache, lookup of 128", "row cache, forget"]  # fmt: skip
+        "row cache, claim", "row cache, lookup of 128"]  # fmt: skip
 FEW = ["copy of rows of 1040", *SUMS]
 
 

@@ -97,29 +97,13 @@ def test_rows_come_from_elsewhere_too(device: str) -> None:
     assert torch.equal(rows_at(cache, source, buffers.slots), source.data[ids])
 
 
-def test_warming_keeps_the_hottest_and_counts_nothing(device: str) -> None:
-    rows = 300
-    source, cache = table(rows, device), cache_of(rows, 3, device, scratch=32)
-    hottest = np.random.default_rng(1).permutation(rows).astype(np.int64)
-    cache.warm(source, hottest)
-    assert CacheCounters.of(cache.counters) == (0,) * len(CacheCounters._fields)
-    warmed = cache.cached()
-    assert set(warmed) <= set(hottest[: cache.slots])
-    assert len(warmed) > cache.slots * 3 // 4
-    ids = torch.from_numpy(warmed)
-    buffers = cache.buffers(len(ids))
-    cache.lookup(ids.to(device), buffers)
-    assert int(buffers.miss_count) == 0
-    assert torch.equal(rows_at(cache, source, buffers.slots), source.data[ids])
-    cache.check_integrity()
-
-
-def test_abandoned_rows_are_missed_again(device: str) -> None:
+def test_a_cleared_cache_misses_everything_again(device: str) -> None:
     source, cache = table(100, device), cache_of(100, 4, device)
     buffers = cache.buffers(10)
     ids = torch.arange(10, device=device)
     cache.lookup(ids, buffers)
-    cache.abandon(buffers)
+    cache.clear()
+    cache.check_integrity()
     assert len(cache.cached()) == 0
     cache.lookup(ids, buffers)
     assert int(buffers.miss_count) == 10

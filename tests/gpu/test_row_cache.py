@@ -150,21 +150,6 @@ def test_rows_unused_for_ages_stay_the_oldest(kernels: ModuleType, device: str) 
     assert int(buffers.miss_count) == 0
 
 
-def test_what_is_forgotten_is_missed_again(kernels: ModuleType, device: str) -> None:
-    state = CacheState.empty(1, 32, device)
-    run(kernels, state, np.arange(10))
-    lost = run(kernels, state, np.arange(5, 50), open_lookups=2)
-    assert int(lost.miss_count) == 40  # 22 in ways, 18 in scratch
-    kernels.forget(state, lost.miss_rows, lost.miss_slots, lost.miss_count)
-    kept = (state.words.cpu().numpy().reshape(-1) & 0xFFFFFFFF) - 1
-    assert sorted(kept[kept >= 0]) == list(range(10))
-    assert int(run(kernels, state, np.arange(10)).miss_count) == 0
-    stale = run(kernels, state, np.arange(90, 100))
-    run(kernels, state, np.arange(100, 132))  # the rows of `stale` are gone, others lie in their slots
-    kernels.forget(state, stale.miss_rows, stale.miss_slots, stale.miss_count)
-    assert int(run(kernels, state, np.arange(100, 132)).miss_count) == 0
-
-
 @pytest.mark.parametrize(
     ("source_stride", "dest_stride"),
     [(16, 16), (48, 64), (2048, 2048), (2064, 2064), (6000, 6000), (1026, 1040), (514, 528), (67, 80), (80, 67), (5, 16)],

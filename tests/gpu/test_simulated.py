@@ -35,8 +35,9 @@ from memlane.runner import DecodeSplit, decode_graphs, halves
 from memlane.runner.captured import Cut, Whole
 from memlane.runner.graphs import CudaCapture
 from memlane.tables import RowFormat, RowReadError, ServedTable, TableLayout, write_table
+from memlane.tables.gpu_disk import DiskStore
+from memlane.tables.gpu_host import HostStore
 from memlane.tables.gpu_open import GpuTableOptions, least_cache_bytes, open_gpu_table
-from memlane.tables.gpu_stores import DiskStore, HostStore
 from memlane.tables.gpu_table import GpuLookup, GpuTable
 from memlane.tables.table import Placement
 

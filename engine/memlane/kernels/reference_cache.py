@@ -20,7 +20,7 @@ from memlane.kernels.cache_state import (
 )
 from memlane.kernels.row_memory import RowMemory
 
-__all__ = ["copy_rows", "forget", "lookup", "set_of"]
+__all__ = ["copy_rows", "lookup", "set_of"]
 
 _STAMP_MASK = (1 << STAMP_BITS) - 1
 _LOW = 0xFFFFFFFF
@@ -164,10 +164,3 @@ def copy_rows(
     n, length = int(count), min(source.data.shape[1], dest.data.shape[1])
     rows = source.data[source_rows[:n].to(source.data.device), :length]
     dest.data[dest_slots[:n].long(), :length] = rows.to(dest.data.device)
-
-
-def forget(state: CacheState, rows: Tensor, slots: Tensor, count: Tensor) -> None:
-    """As `row_cache.forget`."""
-    flat, n = state.words.view(-1), int(count)
-    held = (flat[slots[:n].long()] & _LOW) == rows[:n] + 1
-    flat[slots[:n][held].long()] = 0

@@ -14,14 +14,13 @@ from memlane.kernels.cache_state import CacheState, LookupBuffers
 from memlane.kernels.jit import row_cache as jit
 from memlane.kernels.row_copy import copy_rows
 
-__all__ = ["AOT", "copy_rows", "forget", "lookup"]
+__all__ = ["AOT", "copy_rows", "lookup"]
 
 # Up to so many ids one program has the whole lookup: with 16 warps, each thread has eight loads of 16 bytes in flight.
 _ONE_PROGRAM = 256
 _IDS_A_WARP_OF_ONE = 16
 _TOUCH_BLOCK, _TOUCH_WARPS = 32, 4  # ids a program, where there are many
 _CLAIM_BLOCK, _CLAIM_WARPS = 16, 2  # twice that makes ptxas spill on sm_90
-_FORGET_BLOCK, _FORGET_WARPS = 256, 4
 
 
 def lookup(
@@ -65,17 +64,6 @@ def lookup(
     )  # fmt: skip
 
 
-def forget(state: CacheState, rows: Tensor, slots: Tensor, count: Tensor) -> None:
-    """Rows listed as missing that could not be brought leave the cache: rows int64, slots int32 [most], count int64 [1].
-
-    A later lookup that is open already may have found them; it must be given up too.
-    """
-    n = len(rows)
-    if n:
-        grid = (-(-n // _FORGET_BLOCK),)
-        jit.forget[grid](state.words, rows, slots, count, n, BLOCK=_FORGET_BLOCK, num_warps=_FORGET_WARPS)
-
-
 def _compilations() -> list[Compilation]:
     pointers = dict.fromkeys(
         ("words", "clock", "counters", "ids", "live", "miss_rows", "miss_count", "rows", "count"), "*i64"
@@ -88,7 +76,6 @@ def _compilations() -> list[Compilation]:
         "lookup of 256 ids": (jit.lookup, _ONE_PROGRAM, _ONE_PROGRAM // _IDS_A_WARP_OF_ONE),
         "touch": (jit.touch, _TOUCH_BLOCK, _TOUCH_WARPS),
         "claim": (jit.claim, _CLAIM_BLOCK, _CLAIM_WARPS),
-        "forget": (jit.forget, _FORGET_BLOCK, _FORGET_WARPS),
     }
     found = []
     for name, (kernel, block, warps) in programs.items():

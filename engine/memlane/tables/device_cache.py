@@ -11,7 +11,7 @@ drawn in `memlane.kernels.cache_state`; how rows are found and given up, in `mem
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from memlane.kernels import RowMemory, reference_cache
 from memlane.kernels.cache_state import COUNTERS, OLDEST, STAMP_BITS, WAYS, CacheState, LookupBuffers
+from memlane.kernels.choice import cache_kernels
 from memlane.kernels.row_memory import device_stride, without_rows
 
 __all__ = ["CacheCounters", "DeviceRowCache", "LookupBuffers", "plan"]
 
 _WORD_BYTES = 8
 _PROBES = 4  # of scratch, WAYS rows each, before a row is read in place: looking on costs as much as reading
-_WARM_IDS = 16_384  # rows brought at once when warming
 
 
 class CacheCounters(NamedTuple):
@@ -65,7 +65,7 @@ class DeviceRowCache:
     """Rows of one table in the memory of one device; on the CPU in plain torch.
 
     One thread, and on a GPU one order of lookups: that of one stream, or of streams that wait for each other. At most two
-    lookups are open at a time. Nothing here waits for the device but what says so, and lookup, fill and abandon can be
+    lookups are open at a time. Nothing here waits for the device but what says so, and lookup and fill can be
     captured in a graph: a replay counts as a lookup of its own.
     """
 
@@ -92,7 +92,7 @@ class DeviceRowCache:
         self.state = CacheState.empty(sets, scratch, device, _PROBES if in_place else None)
         arena = torch.empty(self.state.words.numel(), device_stride(stride), dtype=torch.uint8, device=device)
         self.memory = RowMemory(arena, row_format, width)
-        self._kernels = _kernels(interpreted or torch.device(device).type == "cuda")
+        self._kernels = cache_kernels(torch.device(device), interpreted)
 
     @property
     def slots(self) -> int:
@@ -154,27 +154,6 @@ class DeviceRowCache:
         """Gives the memory of its rows back. Counters stay."""
         self.memory = without_rows(self.memory)
 
-    def abandon(self, buffers: LookupBuffers) -> None:
-        """Forgets the rows that a lookup missed, because they cannot be brought: later lookups will miss them again.
-
-        A later lookup that is open already may have found them, so it must be given up too.
-        """
-        self._kernels.forget(self.state, buffers.miss_rows, buffers.miss_slots, buffers.miss_count)
-
-    def warm(self, source: RowMemory, rows: NDArray[np.int64]) -> None:
-        """Brings these rows of the table, the hottest first, while no lookup is open. Counts nothing.
-
-        Where a set is asked for more than it holds, its coldest give way.
-        """
-        rows = rows[: self.slots]
-        counters, device = self.counters.clone(), self.memory.data.device
-        for end in range(len(rows), 0, -_WARM_IDS):
-            ids = torch.tensor(rows[max(0, end - _WARM_IDS) : end], device=device)
-            buffers = self.buffers(len(ids))
-            self.lookup(ids, buffers)
-            self.fill(source, buffers)
-        self.counters.copy_(counters)
-
     def cached(self) -> NDArray[np.int64]:
         """The rows in the cache, those used last first, of equals by slot. Waits for the device."""
         words, ages = self._host_words()
@@ -214,30 +193,3 @@ class DeviceRowCache:
         """All words, and how many lookups ago each was used."""
         words = self.state.words.cpu().numpy().reshape(-1)
         return words, (int(self.state.clock[0]) - (words >> 32)) & ((1 << STAMP_BITS) - 1)
-
-
-class _Kernels(Protocol):
-    """What row_cache and reference_cache have in common."""
-
-    def lookup(
-        self,
-        state: CacheState,
-        ids: Tensor,
-        buffers: LookupBuffers,
-        open_lookups: int = 1,
-        live: Tensor | None = None,
-    ) -> None: ...
-
-    def copy_rows(
-        self, source: RowMemory, source_rows: Tensor, dest: RowMemory, dest_slots: Tensor, count: Tensor
-    ) -> None: ...
-
-    def forget(self, state: CacheState, rows: Tensor, slots: Tensor, count: Tensor) -> None: ...
-
-
-def _kernels(triton: bool) -> _Kernels:
-    if not triton:
-        return reference_cache
-    from memlane.kernels import row_cache  # brings Triton, which a CPU does without
-
-    return row_cache

@@ -10,7 +10,9 @@ import torch
 from memlane.kernels import RowMemory, device_stride
 from memlane.tables.device_cache import DeviceRowCache, plan
 from memlane.tables.errors import TableError
-from memlane.tables.gpu_stores import DeviceStore, DiskStore, HostStore, Store
+from memlane.tables.gpu_disk import DiskStore
+from memlane.tables.gpu_host import HostStore
+from memlane.tables.gpu_stores import DeviceStore, Store
 from memlane.tables.gpu_table import GpuTable
 from memlane.tables.host_rows import HostRows, row_pieces
 from memlane.tables.layout import TableLayout

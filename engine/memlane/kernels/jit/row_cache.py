@@ -298,14 +298,3 @@ def lookup(
         _list_misses(miss_rows, miss_slots, miss_count, rows, slot, won)
         _count_claim(counters, asked, slot, won, conflict, evicted)
     tl.store(slots + at, slot, mask=inside)
-
-
-@triton.jit(do_not_specialize=["n"])
-def forget(words, rows, slots, count, n, BLOCK: tl.constexpr):
-    """Empties the slots that still hold the rows listed with them."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    listed = at < tl.minimum(tl.load(count), n)
-    slot = tl.load(slots + at, mask=listed, other=0).to(tl.int64)
-    row = tl.load(rows + at, mask=listed, other=0)
-    word = tl.load(words + slot, mask=listed, other=0, volatile=True)
-    tl.store(words + slot, tl.zeros_like(word), mask=listed & ((word & 0xFFFFFFFF) == row + 1))
