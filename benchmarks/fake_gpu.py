@@ -93,7 +93,9 @@ class FakeGpu:
                 self.launches += kernels
                 raise _NotRun
 
-            return SimpleNamespace(call=call, __file__="", key="", cache_key="", cache_path="", cache_linemap=None)
+            return SimpleNamespace(
+                call=call, __file__="", key="", cache_key="", cache_path="", cache_linemap=None
+            )
 
         driver = SimpleNamespace(
             get_current_target=lambda: GPUTarget("cuda", 90, 32),
@@ -141,8 +143,14 @@ class FakeGpu:
 
 def _kernels(source: str) -> list[str]:
     """Names of what generated code launches, in order."""
-    body = source[source.index("def call(") : source.index("def get_args(") if "def get_args(" in source else None]
-    found = re.findall(r"^\s+(?:\w+ = )?(triton_\w+)\.run\(|extern_kernels\.(\w+)\(|(aten\.\w+)|torch\.ops\.([\w.]+)\(", _code(body), re.M)
+    body = source[
+        source.index("def call(") : source.index("def get_args(") if "def get_args(" in source else None
+    ]
+    found = re.findall(
+        r"^\s+(?:\w+ = )?(triton_\w+)\.run\(|extern_kernels\.(\w+)\(|(aten\.\w+)|torch\.ops\.([\w.]+)\(",
+        _code(body),
+        re.M,
+    )
     return ["".join(names) for names in found]
 
 

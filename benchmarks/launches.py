@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -91,9 +92,7 @@ class _Table:
 def count(rows: int = 1, config: ModelConfig = MODEL) -> Launches:
     """Of a step of so many sequences. Of layers of a kind, which launch the same, one is computed."""
     assert config.memory is not None
-    short = dataclasses.replace(
-        config, num_layers=2, memory=dataclasses.replace(config.memory, layers=(1,))
-    )
+    short = dataclasses.replace(config, num_layers=2, memory=dataclasses.replace(config.memory, layers=(1,)))
     gpu = FakeGpu()
     with gpu.running(), _noted(gpu):
         _step(gpu, short, rows)
@@ -120,7 +119,11 @@ def _step(gpu: FakeGpu, config: ModelConfig, rows: int) -> None:
         model = Transformer(config, tables)  # type: ignore[arg-type]
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
-            exact = name == "keys" or isinstance(module, RMSNorm) or weight.shape[0] == memory.num_heads * memory.key_dim
+            exact = (
+                name == "keys"
+                or isinstance(module, RMSNorm)
+                or weight.shape[0] == memory.num_heads * memory.key_dim
+            )
             placed = torch.empty(weight.shape, dtype=torch.float32 if exact else dtype, device="cuda")
             setattr(module, name, torch.nn.Parameter(placed, requires_grad=False))
     model.fused = Fused(config)
@@ -152,7 +155,9 @@ def _noted(gpu: FakeGpu) -> Iterator[None]:
     def choose(scores: Tensor, k: int, log_scale: Tensor | None = None) -> selection.Chosen:
         gpu.note("choose")
         shape = (len(scores), scores.shape[1] * k)
-        return selection.Chosen(torch.empty(shape, dtype=torch.int64, device="cuda"), torch.empty(shape, device="cuda"))
+        return selection.Chosen(
+            torch.empty(shape, dtype=torch.int64, device="cuda"), torch.empty(shape, device="cuda")
+        )
 
     def norm(self: Fused, *args: Any) -> Tensor:
         gpu.note("END")
@@ -170,8 +175,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=1, help="sequences of the step")
     parser.add_argument("--list", action="store_true", help="name every launch")
+    parser.add_argument("--json", action="store_true", help="print names by part as JSON, and nothing else")
     options = parser.parse_args()
     found = count(options.rows)
+    if options.json:
+        print(json.dumps(found._asdict()))
+        return
     for part, names in found._asdict().items():
         print(f"{part:14}{len(names):4}")
         if options.list:

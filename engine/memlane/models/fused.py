@@ -3,15 +3,16 @@
 Launches of a step beside attention, as torch 2.13 generates code for compute capability 9.0 (benchmarks/launches.py counts
 them; products of several tokens are those of a library):
 
-                    a single token                            several tokens
-  begin             tokens and embedding, angles        2     the same                                          2
-  project           norm + product, rotation + KV       2     norm, product, rotation + KV                      3
-  feed_forward      product + add,                            product, add + norm, product, silu,
-                    norm + product + silu, product + add 3    product, add                                      6
-  ask               product + add, norm + query,              product, add + norm, query, swilu, silu
-                    norm + swilu + silu                 3                                                       5
-  answer            silu + product + add                1     silu, product, add                                3
-  norm, logits      norm, product                       2     norm, product, cast                               3
+                  a single token                                     several tokens
+  begin           embedding, angles                             2    the same                                       2
+  project         norm + product, rotation + KV                 2    norm, product, rotation + KV                   3
+  feed_forward    product, add + norm + product + silu,              product, norm, product, silu, product
+                  product + add                                 3                                                   5
+  ask             product + add, norm + query,                       product, norm, query, swilu, silu
+                  norm + swilu + silu                           3                                                   5
+  answer          silu + product + add                          1    silu, product, add                             3
+  norm, logits    norm, product                                 2    norm, product, cast                            3
+  greedy          best of each part, best of all                2    the same                                       2
 
 For a single token products are sums: inductor writes and tunes them itself, and joins what comes before and after them
 (as gpt-fast does: its config.coordinate_descent_tuning has them tuned).
@@ -110,7 +111,9 @@ class Fused:
         self._logits = _Compiled(fusible.logits_one, fusible.logits, 2, backend)
         self._greedy = _Compiled(fusible.greedy, fusible.greedy, 3, backend)
 
-    def begin(self, token_ids: Tensor, positions: Tensor, previous: Tensor | None, embedding: Tensor) -> Begun:
+    def begin(
+        self, token_ids: Tensor, positions: Tensor, previous: Tensor | None, embedding: Tensor
+    ) -> Begun:
         """As `Transformer.run` begins: see there."""
         c = self._config
         if previous is None:
@@ -148,9 +151,7 @@ class Fused:
                 *self._ask(x, attended, wo, gain, weights, memory.kind == "peer", self._config.norm_eps)
             )
 
-    def answer(
-        self, question: Question, bag: Tensor, value_proj: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
+    def answer(self, question: Question, bag: Tensor, value_proj: tuple[Tensor, Tensor] | None) -> Tensor:
         """bag fp32 [T, width]: what comes of the rows -> the block's output [T, D]."""
         out: Tensor = self._answer(question.x, bag, question.silu, question.gate, value_proj)
         return out

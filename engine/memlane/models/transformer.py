@@ -69,7 +69,8 @@ class Block(nn.Module):
         x = x + self.attn(self.attn_norm(x), self.layer, rope, attention)
         normed = self.ffn_norm(x)
         if self.ffn is not None:
-            return x + self.ffn(normed)
+            out: Tensor = x + self.ffn(normed)
+            return out
         assert self.memory is not None
         with closing(self.memory.begin(normed)) as pending:
             yield pending
