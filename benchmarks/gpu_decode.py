@@ -88,13 +88,13 @@ class SkewedRows:
         self._of: dict[MemoryLayer, tuple[Tensor, Tensor]] = {}
 
     def __enter__(self) -> None:
-        MemoryLayer.choose = lambda layer, x: self.choose(layer, x)  # type: ignore[method-assign]
+        MemoryLayer.choose = lambda layer, x, query=None: self.choose(layer, x, query)  # type: ignore[method-assign]
 
     def __exit__(self, *_: object) -> None:
         MemoryLayer.choose = self._choose  # type: ignore[method-assign]
 
-    def choose(self, layer: MemoryLayer, x: Tensor) -> Choice:
-        chosen = self._choose(layer, x)
+    def choose(self, layer: MemoryLayer, x: Tensor, query: Tensor | None) -> Choice:
+        chosen = self._choose(layer, x, query)
         if len(x) > self._most_tokens:
             return chosen
         ids, at = self._lists(layer, x.device)

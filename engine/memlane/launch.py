@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from memlane.runner import Pending, Runner
 from memlane.runner.penalties import reads_history
-from memlane.runner.sampler import launch
+from memlane.runner.sampler import PendingGreedy, launch
 from memlane.scheduler import Sequence, StepPlan
 
 __all__ = ["Launch"]
@@ -35,7 +35,7 @@ class Launch(NamedTuple):
     """The plan, and a result on its way for each of its chunks; meaningless but for `finite` where one does not sample."""
 
     plan: StepPlan
-    pending: Pending
+    pending: Pending | PendingGreedy
 
     @classmethod
     def start(cls, runner: Runner, plan: StepPlan, previous: Launch | None) -> Launch:
@@ -46,7 +46,8 @@ class Launch(NamedTuple):
         if not plan.chunks:
             return cls(plan, Pending.nothing())
         logits = runner.run(plan, previous=None if previous is None else previous.pending.tokens)
-        return cls(plan, launch(logits, [chunk.sequence if chunk.samples else None for chunk in plan.chunks]))
+        sequences = [chunk.sequence if chunk.samples else None for chunk in plan.chunks]
+        return cls(plan, launch(logits, sequences, runner.greedy(logits)))
 
     def computes(self, sequence: Sequence) -> bool:
         return any(chunk.sequence is sequence for chunk in self.plan.chunks)

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch._inductor.async_compile import AsyncCompile
 
-from memlane.models import CausalAttention, MemoryConfig, ModelConfig, Transformer
+from memlane.models import CausalAttention, MemoryConfig, ModelConfig, Transformer, fusible
+from memlane.models.attention import Lines
 from memlane.models.fused import Fused
-from memlane.models.layers import rope_at
+from memlane.models.layers import rope_at, rotate
 from memlane.tables import ReferenceTable
 
 MEMORY = MemoryConfig(layers=(1,), num_keys=8, num_heads=2, knn=4, key_dim=8, value_dim=16)
@@ -69,44 +69,54 @@ def test_layers_and_batch_sizes_share_what_was_compiled(interleaved: bool) -> No
     assert counters["stats"]["unique_graphs"] == before
 
 
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_keys_and_values_are_written_where_they_belong(interleaved: bool, tokens: int) -> None:
+    config = dataclasses.replace(CONFIG, memory=None, rope_interleaved=interleaved)
+    block, fused = build(config).layers[0], Fused(config, "aot_eager")
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, 32, generator=generator)
+    lines = torch.randn(20, 4, 8, generator=generator)
+    before, slots = lines.clone(), torch.randperm(19, generator=generator)[:tokens]
+    weights = block.attn_norm.weight, block.attn.wqkv.weight
+    rope = rope_at(3 * torch.arange(tokens) + 7, 8, config.rope_theta)
+    with torch.inference_mode():
+        q, k, v = fused.project(x, rope, *weights, Lines(lines, slots))
+        qkv = block.attn.wqkv(block.attn_norm(x)).view(tokens, 8, 8)
+    wanted = [rotate(part, rope, interleaved=interleaved) for part in (qkv[:, :4], qkv[:, 4:6])]
+    for got, part in zip((q, k, v), [*wanted, qkv[:, 6:]], strict=True):
+        torch.testing.assert_close(got, part, rtol=1e-5, atol=1e-5)
+    before[slots] = torch.cat((k, v), dim=1)
+    assert torch.equal(lines[:-1], before[:-1])  # the last line is anyone's
+
+
+@pytest.mark.parametrize(("tokens", "vocab"), [(1, 300), (4, 256), (3, 127), (2, 211)])
+def test_greedy_choices(tokens: int, vocab: int) -> None:
+    logits = torch.randint(0, 40, (tokens, vocab), generator=torch.Generator().manual_seed(vocab)).float()
+    if tokens > 1:
+        logits[1, vocab // 2] = float("nan") if vocab % 2 else float("-inf")
+    found, choices = torch.full((2, tokens), -7, dtype=torch.int64).unbind(0)
+    fusible.greedy(logits, found, choices)
+    for row, token, choice in zip(logits, found.tolist(), choices.tolist(), strict=True):
+        finite = bool(row.isfinite().all())
+        first = int((row == row.max()).nonzero()[0, 0]) if finite else 0
+        assert (token, choice) == (first, first if finite else -1)
+
+
 def weights_after_attention(block: Any) -> tuple[Tensor, ...]:
     modules = (block.attn.wo, block.ffn_norm, block.ffn.w_gate_up, block.ffn.w_down)
     return tuple(module.weight for module in modules)
-
-
-def test_inductor_makes_few_kernels_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside products, which are calls of a library. Plain torch takes more than thirty on a GPU."""
-    model = build(dataclasses.replace(CONFIG, memory=None), torch.bfloat16)
-    block, fused = model.layers[0], Fused(model.config)
-    x, attended = torch.randn(6, 32).bfloat16(), torch.randn(6, 4, 8).bfloat16()
-    rope = rope_at(torch.arange(6), 8, 10000.0)
-    kernels: dict[str, int] = {}
-
-    def count(name: str, run: Callable[[], object]) -> None:
-        before = len(called)
-        run()
-        kernels[name] = len(called) - before
-
-    # Written, but not compiled: that takes seconds, and none of them needs to be run.
-    called: list[None] = []
-    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *_: lambda *_: called.append(None))
-    with torch.inference_mode(), torch._inductor.config.patch(force_disable_caches=True):
-        count("rope", lambda: fused.rope(torch.arange(6)))
-        count("project", lambda: fused.project(x, rope, block.attn_norm.weight, block.attn.wqkv.weight))
-        count("feed_forward", lambda: fused.feed_forward(x, attended, *weights_after_attention(block)))
-        count("norm", lambda: fused.norm(x, model.norm.weight))
-    assert kernels == {"rope": 1, "project": 2, "feed_forward": 2, "norm": 1}
 
 
 def test_what_inductor_makes_computes_the_same() -> None:
     model = build(dataclasses.replace(CONFIG, memory=None), torch.bfloat16)
     block, fused = model.layers[0], Fused(model.config)
     x, attended = torch.randn(6, 32).bfloat16(), torch.randn(6, 4, 8).bfloat16()
-    rope = rope_at(torch.arange(6), 8, 10000.0)
     uncached = {"cpp_cache_precompile_headers": False, "force_disable_caches": True}
     with torch.inference_mode(), torch._inductor.config.patch(uncached):
         out = fused.feed_forward(x, attended, *weights_after_attention(block))
-        wanted, _ = block.plain(x, rope, lambda layer, q, k, v: attended)
+        h = x + block.attn.wo(attended.flatten(1))
+        wanted = h + block.ffn(block.ffn_norm(h))
     torch.testing.assert_close(out, wanted, rtol=0.02, atol=0.02)
 
 

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Attention", "CausalAttention"]
+__all__ = ["Attention", "CausalAttention", "Lines"]
+
+
+class Lines(NamedTuple):
+    """Where a layer's keys and values are to be written: lines [slots, 2 * KV, hd], the T tokens' at slots int64 [T].
+
+    A line holds the keys of all heads, then their values. The last line may be written by anyone, and is never read.
+    """
+
+    lines: Tensor
+    slots: Tensor
 
 
 class Attention(Protocol):
     """What a step gives the model: how its tokens attend. Owns the key/value cache, if there is one."""
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [T, H, hd], k and v [T, KV, hd], q and k rotated -> [T, H, hd]. Softmax scale is hd ** -0.5."""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, written: bool = False) -> Tensor:
+        """q [T, H, hd], k and v [T, KV, hd], q and k rotated -> [T, H, hd]. Softmax scale is hd ** -0.5.
+
+        written: k and v lie where `lines` says already.
+        """
+
+    def lines(self, layer: int) -> Lines | None:
+        """Where whoever computes keys and values may write them itself; None where there is no such place."""
 
 
 class CausalAttention:
@@ -28,7 +44,10 @@ class CausalAttention:
     def __init__(self, batch: int, length: int, keep: Tensor | None = None) -> None:
         self.batch, self.length, self.keep = batch, length, keep
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def lines(self, layer: int) -> Lines | None:
+        return None
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, written: bool = False) -> Tensor:
         heads, kv_heads = q.shape[1], k.shape[1]
         out = F.scaled_dot_product_attention(
             self._grid(q), self._grid(k), self._grid(v), is_causal=True, enable_gqa=heads != kv_heads

@@ -1,16 +1,21 @@
-"""The dense parts of a block as few kernels: torch.compile over pure functions, compiled once and shared by all layers.
+"""The dense parts of a model as few kernels: torch.compile over `fusible`, compiled once and shared by all layers.
 
-launches of a dense layer beside attention, as torch 2.13 generates code for compute capability 9.0:
+Launches of a step beside attention, as torch 2.13 generates code for compute capability 9.0 (benchmarks/launches.py counts
+them; products of several tokens are those of a library):
 
-                 plain torch                 several tokens            a single one
-  project        norm 3, product, rotate 18  norm, product, rotate 2   norm, product, rotate
-  feed_forward   product, add, norm 3,       product, add + norm,      product, add + norm,
-                 product, silu 2,            product, silu,            product with the norm's scale,
-                 product, add                product, add              product with silu and add
-                                    about 34                     10                               7
+                  a single token                                     several tokens
+  begin           embedding, angles                             2    the same                                       2
+  project         norm + product, rotation + KV                 2    norm, product, rotation + KV                   3
+  feed_forward    product, add + norm + product + silu,              product, norm, product, silu, product
+                  product + add                                 3                                                   5
+  ask             product + add, norm + query,                       product, norm, query, swilu, silu
+                  norm + swilu + silu                           3                                                   5
+  answer          silu + product + add                          1    silu, product, add                             3
+  norm, logits    norm, product                                 2    norm, product, cast                            3
+  greedy          best of each part, best of all                2    the same                                       2
 
-For a single token products are no matrix products but sums: inductor writes and tunes them itself, and joins what comes
-before and after them (as gpt-fast does: its config.coordinate_descent_tuning is what turns that on).
+For a single token products are sums: inductor writes and tunes them itself, and joins what comes before and after them
+(as gpt-fast does: its config.coordinate_descent_tuning has them tuned).
 
 Knows nothing of modules: `Block` calls these instead of its own, which stay the twin.
 """
@@ -22,87 +27,72 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from memlane.models import fusible
+from memlane.models.attention import Lines
 from memlane.models.config import ModelConfig
-from memlane.models.layers import Rope, rms_norm, rope_at
+from memlane.models.fusible import RotaryHeads
+from memlane.models.layers import Rope
+from memlane.models.memory import LayerWeights
+from memlane.models.product_keys import ieee_products
 
-__all__ = ["Fused", "FusedHeads"]
+__all__ = ["Begun", "Fused", "FusedHeads", "Question"]
 
 logger = logging.getLogger(__name__)
 
 
 class FusedHeads(NamedTuple):
-    """What attention gets: q [T, H, hd], k and v [T, KV, hd], q and k rotated."""
+    """What attention gets: q [T, H, hd], k and v [T, KV, hd], q and k rotated; views of one tensor."""
 
     q: Tensor
     k: Tensor
     v: Tensor
 
 
-def project(
-    x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, wqkv: Tensor,
-    heads: int, kv_heads: int, interleaved: bool, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """x [T, D] -> norm, product, rotation: q [T, H, hd], k and v [T, KV, hd]."""
-    qkv = F.linear(rms_norm(x, gain, eps), wqkv).view(x.shape[0], heads + 2 * kv_heads, -1)
-    qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-    q, k = torch.split(_rotate(qk, cos, sin, interleaved), [heads, kv_heads], dim=1)
-    return q.contiguous(), k, v  # a kernel more, except for a single token
+class Begun(NamedTuple):
+    """The first layer's input x [T, D], and the angles of the step."""
+
+    x: Tensor
+    rope: Rope
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """As `rotate`, but every element of the result is made in one place: what is put together takes a kernel a part."""
-    tokens, heads, head_dim = x.shape
-    shape = (tokens, heads, head_dim // 2, 2) if interleaved else (tokens, heads, 2, head_dim // 2)
-    pair = -1 if interleaved else -2
-    wide = x.float().view(shape)
-    first = torch.arange(2, device=x.device).view((2,) if interleaved else (2, 1)) == 0
-    cos, sin = cos.unsqueeze(pair), sin.unsqueeze(pair)
-    turned = wide * cos + wide.flip(pair) * torch.where(first, -sin, sin)
-    return turned.to(x.dtype).view(x.shape)
+class Question(NamedTuple):
+    """Of a block with a memory layer: x [T, D] after attention, its norm, and what the layer makes of that before it has rows.
 
+    query fp32 [T, H * Q], silu [T, width] and gate [T, 1] where the layer has them. normed is what it says for PEER only.
+    """
 
-def add_attention(x: Tensor, attended: Tensor, wo: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x [T, D], attended [T, H, hd] -> what goes on, and its norm, which a memory layer gets; both [T, D]."""
-    h = x + F.linear(attended.flatten(1), wo)
-    return h, rms_norm(h, gain, eps)
-
-
-def feed_forward(
-    x: Tensor, attended: Tensor, wo: Tensor, gain: Tensor, w_gate_up: Tensor, w_down: Tensor, eps: float
-) -> Tensor:
-    """All that a block does after attention, where it has a feed-forward part: [T, D]."""
-    h, normed = add_attention(x, attended, wo, gain, eps)
-    gate, up = F.linear(normed, w_gate_up).chunk(2, dim=-1)
-    return h + F.linear(F.silu(gate) * up, w_down)
-
-
-def norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    return rms_norm(x, gain, eps)
-
-
-def angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    cos, sin = rope_at(positions, head_dim, theta)
-    return cos, sin
+    x: Tensor
+    normed: Tensor
+    query: Tensor
+    silu: Tensor | None
+    gate: Tensor | None
 
 
 class _Compiled:
     """A function whose tensors of tokens come first, compiled for a single token and for any greater number of them."""
 
-    def __init__(self, function: Callable[..., Any], tokenwise: int, backend: str) -> None:
-        self._tokenwise = tokenwise
+    def __init__(
+        self, one: Callable[..., Any], many: Callable[..., Any], tokenwise: int, backend: str, sized: int = 0
+    ) -> None:
+        """sized: as many arguments after those have a first dimension of any size, too."""
+        self._tokenwise, self._sized = tokenwise, sized
         tuned: dict[str, Any] | None = {"coordinate_descent_tuning": True} if backend == "inductor" else None
-        self._single = torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=tuned)
-        self._many = torch.compile(function, fullgraph=True, backend=backend)
+        self._one = torch.compile(one, fullgraph=True, dynamic=False, backend=backend, options=tuned)
+        self._many = torch.compile(many, fullgraph=True, backend=backend)
 
     def __call__(self, *args: Any) -> Any:
-        if args[0].shape[0] == 1:
-            return self._single(*args)
-        for x in args[: self._tokenwise]:
-            torch._dynamo.mark_dynamic(x, 0)
-        return self._many(*args)
+        return self.chosen(*args)(*args)
+
+    def chosen(self, *args: Any) -> Callable[..., Any]:
+        """What is compiled for these arguments."""
+        single = args[0].shape[0] == 1
+        for x in args[self._tokenwise if single else 0 : self._tokenwise + self._sized]:
+            if isinstance(x, Tensor) and x.shape[0] > 1:
+                torch._dynamo.mark_dynamic(x, 0)
+        chosen: Callable[..., Any] = self._one if single else self._many
+        return chosen
 
 
 class Fused:
@@ -111,36 +101,70 @@ class Fused:
     def __init__(self, config: ModelConfig, backend: str = "inductor") -> None:
         """backend: of torch.compile. Compiles nothing yet: each function when it is first called. See Transformer.fuse."""
         self._config = config
-        self._project = _Compiled(project, tokenwise=3, backend=backend)
-        self._add_attention = _Compiled(add_attention, tokenwise=2, backend=backend)
-        self._feed_forward = _Compiled(feed_forward, tokenwise=2, backend=backend)
-        self._norm = _Compiled(norm, tokenwise=1, backend=backend)
-        self._angles = _Compiled(angles, tokenwise=1, backend=backend)
+        self._heads = RotaryHeads(config.num_heads, config.num_kv_heads, config.rope_interleaved)
+        self._begin = _Compiled(fusible.begin, fusible.begin, 2, backend, sized=1)
+        self._project = _Compiled(fusible.project_one, fusible.project, 4, backend, sized=1)
+        self._feed_forward = _Compiled(fusible.feed_forward_one, fusible.feed_forward, 2, backend)
+        self._ask = _Compiled(fusible.ask_one, fusible.ask, 2, backend)
+        self._answer = _Compiled(fusible.answer_one, fusible.answer, 4, backend)
+        self._norm = _Compiled(fusible.norm, fusible.norm, 1, backend)
+        self._logits = _Compiled(fusible.logits_one, fusible.logits, 2, backend)
+        self._greedy = _Compiled(fusible.greedy, fusible.greedy, 3, backend)
 
-    def rope(self, positions: Tensor) -> Rope:
-        """As `rope_at`."""
-        return Rope(*self._angles(positions, self._config.head_dim, self._config.rope_theta))
-
-    def project(self, x: Tensor, rope: Rope, gain: Tensor, wqkv: Tensor) -> FusedHeads:
-        """x [T, D] before the norm -> q, k, v."""
+    def begin(
+        self, token_ids: Tensor, positions: Tensor, previous: Tensor | None, embedding: Tensor
+    ) -> Begun:
+        """As `Transformer.run` begins: see there."""
         c = self._config
-        return FusedHeads(
-            *self._project(x, *rope, gain, wqkv, c.num_heads, c.num_kv_heads, c.rope_interleaved, c.norm_eps)
-        )
+        if previous is None:
+            previous = torch.zeros(2, dtype=torch.int64, device=token_ids.device)
+        x, cos, sin = self._begin(token_ids, positions, previous, embedding, c.head_dim, c.rope_theta)
+        return Begun(x, Rope(cos, sin))
 
-    def add_attention(self, x: Tensor, attended: Tensor, wo: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, D], attended [T, H, hd] -> x plus the product, and its norm."""
-        h, normed = self._add_attention(x, attended, wo, gain, self._config.norm_eps)
-        return h, normed
+    def project(
+        self, x: Tensor, rope: Rope, gain: Tensor, wqkv: Tensor, lines: Lines | None = None
+    ) -> FusedHeads:
+        """x [T, D] before the norm -> q, k, v; k and v are written, too, where there are lines for them."""
+        c = self._config
+        to = lines or self._nowhere(x)
+        qkv = self._project(x, *rope, to.slots, to.lines, gain, wqkv, self._heads, c.norm_eps)
+        return FusedHeads(*torch.split(qkv, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1))
+
+    def _nowhere(self, x: Tensor) -> Lines:
+        c = self._config
+        lines = x.new_empty(2, 2 * c.num_kv_heads, c.head_dim)
+        return Lines(lines, torch.zeros(len(x), dtype=torch.int64, device=x.device))
 
     def feed_forward(
         self, x: Tensor, attended: Tensor, wo: Tensor, gain: Tensor, w_gate_up: Tensor, w_down: Tensor
     ) -> Tensor:
         """x [T, D], attended [T, H, hd] -> the block's output [T, D]."""
-        out: Tensor = self._feed_forward(x, attended, wo, gain, w_gate_up, w_down, self._config.norm_eps)
+        out: Tensor = self._feed_forward(x, attended, wo, gain, w_gate_up, w_down, self._config.norm_eps)[0]
+        return out
+
+    def ask(self, x: Tensor, attended: Tensor, wo: Tensor, gain: Tensor, weights: LayerWeights) -> Question:
+        """x [T, D], attended [T, H, hd] -> all that a block with a memory layer computes before it knows rows."""
+        memory = self._config.memory
+        assert memory is not None
+        with ieee_products(x.device):
+            return Question(
+                *self._ask(x, attended, wo, gain, weights, memory.kind == "peer", self._config.norm_eps)
+            )
+
+    def answer(self, question: Question, bag: Tensor, value_proj: tuple[Tensor, Tensor] | None) -> Tensor:
+        """bag fp32 [T, width]: what comes of the rows -> the block's output [T, D]."""
+        out: Tensor = self._answer(question.x, bag, question.silu, question.gate, value_proj)
         return out
 
     def norm(self, x: Tensor, gain: Tensor) -> Tensor:
         """As RMSNorm."""
         out: Tensor = self._norm(x, gain, self._config.norm_eps)
         return out
+
+    def logits(self, hidden: Tensor, out: Tensor, weight: Tensor) -> None:
+        """hidden [T, D] -> fp32 [T, vocab], in `out`."""
+        self._logits(hidden, out, weight)
+
+    def greedy(self, logits: Tensor, tokens: Tensor, choices: Tensor) -> None:
+        """See `fusible.greedy`."""
+        self._greedy(logits, tokens, choices)

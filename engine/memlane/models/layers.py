@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from memlane.native import kernel_variant, matvec
 
-__all__ = ["FeedForward", "Linear", "RMSNorm", "Rope", "linear", "rms_norm", "rope_at", "rotate"]
+__all__ = ["FeedForward", "Linear", "RMSNorm", "Rope", "linear", "resolve", "rms_norm", "rope_at", "rotate"]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -70,6 +70,16 @@ class FeedForward(nn.Module):
         return out
 
 
+def resolve(token_ids: Tensor, previous: Tensor) -> Tensor:
+    """Token ids int64 [T], in which -(row + 1) stands for what the step before sampled: `previous` int64 [m] at that row.
+
+    Needs no host: may be captured in a graph.
+    """
+    # In two's complement it is ~row. Known tokens are looked up too, and that must not go astray.
+    rows = token_ids.bitwise_not().clamp_(0, len(previous) - 1)
+    return torch.where(token_ids < 0, previous.index_select(0, rows), token_ids)
+
+
 class Rope(NamedTuple):
     """Cosines and sines of a step's positions, fp32 [T, 1, head_dim / 2] (1: all heads alike)."""
 
@@ -80,7 +90,7 @@ class Rope(NamedTuple):
 def rope_at(positions: Tensor, head_dim: int, theta: float) -> Rope:
     """Angles position * theta ** (-2i / head_dim), i < head_dim / 2, in fp32 whatever the model's dtype."""
     even = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    angles = torch.outer(positions.to(torch.float32), 1.0 / (theta ** (even / head_dim)))[:, None, :]
+    angles = torch.outer(positions.to(torch.float32), 1.0 / (theta ** (even / head_dim))).unsqueeze(1)
     return Rope(angles.cos(), angles.sin())
 
 

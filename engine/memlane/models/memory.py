@@ -26,7 +26,7 @@ from memlane.models.layers import Linear, linear
 from memlane.models.product_keys import Choice, Selection, choose, ieee_products, search
 from memlane.tables.protocol import Lookup, Table
 
-__all__ = ["MemoryLayer", "Pending", "PendingMemory", "Prepared"]
+__all__ = ["Asked", "LayerWeights", "MemoryLayer", "Pending", "PendingMemory", "Prepared"]
 
 
 class Pending(Protocol):
@@ -51,6 +51,22 @@ class Prepared(NamedTuple):
     gate: Tensor | None
 
 
+class LayerWeights(NamedTuple):
+    """Weight and bias of each product; None where there is none."""
+
+    query: tuple[Tensor, Tensor]
+    swilu: tuple[Tensor, Tensor] | None
+    gate: tuple[Tensor, Tensor] | None
+    value_proj: tuple[Tensor, Tensor] | None
+
+
+class Asked(NamedTuple):
+    """What a layer makes of its input x before it knows any rows, computed elsewhere. query: fp32 [T, H * Q]."""
+
+    query: Tensor
+    prepared: Prepared
+
+
 class PendingMemory:
     """A memory layer whose rows are on their way."""
 
@@ -58,7 +74,7 @@ class PendingMemory:
         self, layer: MemoryLayer, x: Tensor, prepared: Prepared, weights: Tensor, lookups: Sequence[Lookup]
     ) -> None:
         """Use MemoryLayer.begin. x [T, D], weights fp32 [T, H*K], a lookup of the same rows in each table."""
-        self._layer, self._x, self._prepared = layer, x, prepared
+        self._layer, self._x, self.prepared = layer, x, prepared
         self._weights, self._lookups = weights, lookups
 
     def asked(self) -> None:
@@ -71,8 +87,12 @@ class PendingMemory:
 
     def finish(self) -> Tensor:
         """Wait for the rows -> [T, D], in x's dtype. Raises RowReadError if a row could not be read."""
+        return self._layer.project(self.sum(), self.prepared, self._x.dtype)
+
+    def sum(self) -> Tensor:
+        """Wait for the rows -> what comes of them in itself, fp32 [T, width]. Raises RowReadError as `finish`."""
         try:
-            return self._layer.combine(self._x, self._prepared, self._weights, self._lookups)
+            return self._layer.sum(self._x, self._weights, self._lookups)
         finally:
             self.close()
 
@@ -106,14 +126,29 @@ class MemoryLayer(nn.Module):
         """x [T, D] after the norm -> [T, D], in x's dtype. Raises RowReadError if a row cannot be read."""
         return self.begin(x).finish()
 
-    def begin(self, x: Tensor) -> Pending:
-        """Choose rows for x [T, D] and ask every table for them (PEER's V is read while its U is used); don't wait."""
-        ids, weights = self.choose(x)
+    def begin(self, x: Tensor, asked: Asked | None = None) -> PendingMemory:
+        """Choose rows for x [T, D] and ask every table for them (PEER's V is read while its U is used); don't wait.
+
+        asked: what was computed of x already; then only PEER needs its numbers, others its shape and dtype.
+        """
+        ids, weights = self.choose(x) if asked is None else self.choose(x, asked.query)
         with ExitStack() as opened:
             lookups = [opened.enter_context(closing(table.begin(ids))) for table in self._tables]
-            pending = PendingMemory(self, x, self.prepare(x), weights, lookups)
+            pending = PendingMemory(
+                self, x, self.prepare(x) if asked is None else asked.prepared, weights, lookups
+            )
             opened.pop_all()
             return pending
+
+    def weights(self) -> LayerWeights:
+        """What its products take, for who computes them elsewhere."""
+
+        def of(part: nn.Linear | None) -> tuple[Tensor, Tensor] | None:
+            return None if part is None else (part.weight, part.bias)
+
+        return LayerWeights(
+            (self.query.weight, self.query.bias), of(self.swilu), of(self.gate), of(self.value_proj)
+        )
 
     def prepare(self, x: Tensor) -> Prepared:
         """What of the output needs no rows, for x [T, D]; in x's dtype."""
@@ -122,19 +157,29 @@ class MemoryLayer(nn.Module):
             None if self.gate is None else torch.sigmoid(self.gate(x)),
         )
 
-    def combine(self, x: Tensor, prepared: Prepared, weights: Tensor, lookups: Sequence[Lookup]) -> Tensor:
-        """The second step: x [T, D], weights fp32 [T, H*K] and the rows they belong to -> [T, D]. Ends the lookups."""
+    def sum(self, x: Tensor, weights: Tensor, lookups: Sequence[Lookup]) -> Tensor:
+        """x [T, D], weights fp32 [T, H*K] and the rows they belong to -> fp32 [T, width]. Ends the lookups."""
         if self.config.kind == "peer":
             experts_in, experts_out = lookups
-            activation = experts_in.activations(x.float(), weights)
-            out = experts_out.weighted_sum(activation).to(x.dtype)
-        else:
-            out = self._project(lookups[0].weighted_sum(weights), prepared.swilu, x.dtype)
+            return experts_out.weighted_sum(experts_in.activations(x.float(), weights))
+        return lookups[0].weighted_sum(weights)
+
+    def project(self, bag: Tensor, prepared: Prepared, dtype: torch.dtype) -> Tensor:
+        """bag fp32 [T, width] -> [T, D] in that dtype; the product with silu is rounded once."""
+        if prepared.swilu is not None:
+            bag = bag * prepared.swilu
+        out = bag.to(dtype)
+        if self.value_proj is not None:
+            out = self.value_proj(out)
         return out if prepared.gate is None else out * prepared.gate
 
-    def choose(self, x: Tensor) -> Choice:
-        """x [T, D] -> the ids int64 and softmax weights fp32 of the rows to read, both [T, H*K], heads one after another."""
-        return choose(self._query(x), self.keys, self.config.knn, self.log_score_scale)
+    def choose(self, x: Tensor, query: Tensor | None = None) -> Choice:
+        """x [T, D] -> the ids int64 and softmax weights fp32 of the rows to read, both [T, H*K], heads one after another.
+
+        query fp32 [T, H * Q]: that of x, where it is known.
+        """
+        planes = self._query(x) if query is None else self._planes(query)
+        return choose(planes, self.keys, self.config.knn, self.log_score_scale)
 
     def select(self, x: Tensor) -> Selection:
         """x [T, D] -> row ids int64 and raw scores fp32, both [T, H, K], best first."""
@@ -144,14 +189,10 @@ class MemoryLayer(nn.Module):
         """x [T, D] -> fp32 [T, H, 2, Q/2]"""
         with ieee_products(x.device):
             query = linear(x.float(), self.query.weight, self.query.bias)
-        return query.view(-1, self.config.num_heads, 2, self.config.key_dim // 2)
+        return self._planes(query)
 
-    def _project(self, bag: Tensor, swilu: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """bag fp32 [T, width], swilu [T, width] -> [T, D] in that dtype; the product with silu is rounded once."""
-        if swilu is not None:
-            bag = bag * swilu
-        out = bag.to(dtype)
-        return out if self.value_proj is None else self.value_proj(out)
+    def _planes(self, query: Tensor) -> Tensor:
+        return query.view(-1, self.config.num_heads, 2, self.config.key_dim // 2)
 
     def _check_tables(self) -> None:
         wanted = (self.config.rows, self.config.value_dim)

@@ -6,17 +6,16 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from memlane.models import fusible
 from memlane.models.attention import Attention
 from memlane.models.config import ModelConfig
 from memlane.models.fused import Fused
-from memlane.models.layers import FeedForward, Linear, RMSNorm, Rope, linear, rope_at, rotate
-from memlane.models.memory import MemoryLayer
+from memlane.models.layers import FeedForward, Linear, RMSNorm, Rope, linear, resolve, rope_at, rotate
+from memlane.models.memory import Asked, MemoryLayer, Prepared
 from memlane.models.pieces import Pieces, finish
 from memlane.tables import Table
 
@@ -43,13 +42,6 @@ class SelfAttention(nn.Module):
         return out
 
 
-class Dense(NamedTuple):
-    """A block's dense part: what goes on [T, D], and what its memory layer gets, None where it has none and is done."""
-
-    x: Tensor
-    normed: Tensor | None
-
-
 class Block(nn.Module):
     """h = x + attn(attn_norm(x)); out = h + mlp(ffn_norm(h)), where mlp is `ffn` or `memory`, one of the two."""
 
@@ -72,31 +64,33 @@ class Block(nn.Module):
 
         fused: computes the dense parts, in place of the modules, which are its twin.
         """
-        dense = self.plain if fused is None else partial(self.fused, fused)
-        x, normed = dense(x, rope, attention)
-        if normed is None:
-            return x
+        if fused is not None:
+            return (yield from self._run_fused(fused, x, rope, attention))
+        x = x + self.attn(self.attn_norm(x), self.layer, rope, attention)
+        normed = self.ffn_norm(x)
+        if self.ffn is not None:
+            out: Tensor = x + self.ffn(normed)
+            return out
         assert self.memory is not None
         with closing(self.memory.begin(normed)) as pending:
             yield pending
             return x + pending.finish()
 
-    def plain(self, x: Tensor, rope: Rope, attention: Attention) -> Dense:
-        """The dense part, by modules."""
-        x = x + self.attn(self.attn_norm(x), self.layer, rope, attention)
-        normed = self.ffn_norm(x)
-        return Dense(x, normed) if self.ffn is None else Dense(x + self.ffn(normed), None)
-
-    def fused(self, by: Fused, x: Tensor, rope: Rope, attention: Attention) -> Dense:
-        """The dense part, by functions that are compiled."""
-        heads = by.project(x, rope, self.attn_norm.weight, self.attn.wqkv.weight)
+    def _run_fused(self, by: Fused, x: Tensor, rope: Rope, attention: Attention) -> Pieces:
+        lines = attention.lines(self.layer)
+        heads = by.project(x, rope, self.attn_norm.weight, self.attn.wqkv.weight, lines)
         # Of one layout, whatever computes it: for another one everything would be compiled again, within a step.
-        attended = attention(self.layer, *heads).contiguous()
+        attended = attention(self.layer, *heads, written=lines is not None).contiguous()
         wo, gain = self.attn.wo.weight, self.ffn_norm.weight
-        if self.ffn is None:
-            return Dense(*by.add_attention(x, attended, wo, gain))
-        up, down = self.ffn.w_gate_up.weight, self.ffn.w_down.weight
-        return Dense(by.feed_forward(x, attended, wo, gain, up, down), None)
+        if self.ffn is not None:
+            return by.feed_forward(x, attended, wo, gain, self.ffn.w_gate_up.weight, self.ffn.w_down.weight)
+        assert self.memory is not None
+        weights = self.memory.weights()
+        asked = by.ask(x, attended, wo, gain, weights)
+        prepared = Prepared(asked.silu, asked.gate)
+        with closing(self.memory.begin(asked.normed, Asked(asked.query, prepared))) as pending:
+            yield pending
+            return by.answer(asked, pending.sum(), weights.value_proj)
 
 
 class Transformer(nn.Module):
@@ -126,8 +120,12 @@ class Transformer(nn.Module):
         """token_ids, positions int64 [T] -> hidden states after the final norm [T, D], in the model's dtype."""
         return finish(self.run(token_ids, positions, attention))
 
-    def run(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Pieces:
+    def run(
+        self, token_ids: Tensor, positions: Tensor, attention: Attention, previous: Tensor | None = None
+    ) -> Pieces:
         """`forward` in pieces: stops at every memory layer, right after its rows were asked for.
+
+        previous: what token ids below 0 stand for; see `layers.resolve`.
 
         Whoever drives it may do something else there while rows are read. Closed at a stop, it gives those rows up.
         Raises RowReadError, with tokens counted within these T, where it goes on and rows could not be read.
@@ -135,9 +133,9 @@ class Transformer(nn.Module):
         fused = self.fused
         if fused is None:
             rope = rope_at(positions, self.config.head_dim, self.config.rope_theta)
+            x = self.embed(token_ids if previous is None else resolve(token_ids, previous))
         else:
-            rope = fused.rope(positions)
-        x = self.embed(token_ids)
+            x, rope = fused.begin(token_ids, positions, previous, self.embed.weight)
         for block in self.layers:
             assert isinstance(block, Block)
             x = yield from block.run(x, rope, attention, fused)
@@ -163,20 +161,41 @@ class Transformer(nn.Module):
 
     def _try(self, fused: Fused, tokens: int) -> None:
         """Everything that is to be compiled, once."""
-        weight = self.embed.weight
+        c, weight = self.config, self.embed.weight
         positions = torch.arange(tokens, device=weight.device)
-        rope = fused.rope(positions)
-        x = self.embed(positions)
+        x, rope = fused.begin(positions, positions.clone(), None, weight)
         for block in {type(block.ffn): block for block in self.layers}.values():
             assert isinstance(block, Block)
-            block.fused(fused, x, rope, lambda layer, q, k, v: q)
-        fused.norm(x, self.norm.weight)
+            heads = fused.project(x, rope, block.attn_norm.weight, block.attn.wqkv.weight)
+            wo, gain = block.attn.wo.weight, block.ffn_norm.weight
+            if block.ffn is not None:
+                fused.feed_forward(x, heads.q, wo, gain, block.ffn.w_gate_up.weight, block.ffn.w_down.weight)
+            if block.memory is not None:
+                assert c.memory is not None
+                w = block.memory.weights()
+                asked = fused.ask(x, heads.q, wo, gain, w)
+                fused.answer(asked, torch.zeros(tokens, c.memory.value_dim, device=x.device), w.value_proj)
+        hidden = fused.norm(x, self.norm.weight)
+        logits = torch.empty(tokens, c.vocab_size, device=x.device)
+        fused.logits(hidden, logits, self.head)
+        fused.greedy(logits, torch.empty_like(positions), torch.empty_like(positions))
+
+    @property
+    def head(self) -> Tensor:
+        """The weight that makes logits of hidden states: [vocab, D]."""
+        return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [n, D] as `forward` returns it -> fp32 [n, vocab]; in `out`, if that is given."""
-        head = self.embed if self.lm_head is None else self.lm_head
-        found = linear(hidden, head.weight)
+        if self.fused is not None and out is not None:
+            self.fused.logits(hidden, out, self.head)
+            return out
+        found = linear(hidden, self.head)
         return found.float() if out is None else out.copy_(found)
+
+    def greedy(self, logits: Tensor, tokens: Tensor, choices: Tensor) -> None:
+        """Choose the tokens with the best logits: see `fusible.greedy`."""
+        (fusible if self.fused is None else self.fused).greedy(logits, tokens, choices)
 
     @torch.no_grad()
     def init_weights(self) -> None:

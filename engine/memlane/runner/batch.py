@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memlane.models.layers import resolve
 from memlane.runner.transfer import upload
 from memlane.scheduler import StepPlan
 
@@ -81,13 +82,3 @@ def make_batch(
         lengths=lengths,
         blocks=blocks,
     )
-
-
-def resolve(token_ids: Tensor, previous: Tensor) -> Tensor:
-    """Token ids int64 [T], in which -(row + 1) stands for what the step before sampled: `previous` int64 [m] at that row.
-
-    Needs no host: may be captured in a graph.
-    """
-    # In two's complement it is ~row. Known tokens are looked up too, and that must not go astray.
-    rows = token_ids.bitwise_not().clamp_(0, len(previous) - 1)
-    return torch.where(token_ids < 0, previous.index_select(0, rows), token_ids)

@@ -25,11 +25,11 @@ from memlane.models import Transformer
 from memlane.models.attention import Attention
 from memlane.models.pieces import Pieces
 from memlane.runner.attention.protocol import AttentionBackend
-from memlane.runner.batch import resolve
 from memlane.runner.captured import Captured, Cut, Eager, Part, Whole
 from memlane.runner.decode_batch import DecodeBatch, DecodeBatches
 from memlane.runner.graphs import Capture
 from memlane.runner.kv import KVCache
+from memlane.runner.sampler import Greedy
 from memlane.scheduler import StepPlan
 from memlane.tables import RowReadError
 
@@ -92,7 +92,9 @@ class DecodeGraphs:
         device = kv.layers[0].device
         self._previous = torch.zeros(batches.rows, dtype=torch.int64, device=device)
         self._logits = torch.empty(self.sizes[-1], transformer.config.vocab_size, device=device)
+        self._choices = torch.zeros_like(self._previous)
         self._sets: dict[_Key, _Set] = {}
+        self._chosen = False  # whether the latest run came to its end, so that choices are of its logits
 
     def takes(self, plan: StepPlan) -> bool:
         """Whether it is a step of single tokens, and not too many."""
@@ -129,18 +131,30 @@ class DecodeGraphs:
         live = plan.singles
         rows = self.sizes[bisect_left(self.sizes, live)]
         longest = self.batches.fill(plan, rows)
-        if previous is not None:
+        if previous is not None and previous.data_ptr() != self._previous.data_ptr():
             self._previous[: len(previous)].copy_(previous)
+        self._chosen = False
         try:
             halves = self._in_halves(rows) and (self._split is None or self._split(live))
             key = _Key(rows, self.backend.bound(longest, self.batches.max_length), halves)
             found = self._set(key)
             for part in found.parts:
                 self.backend.prepare(part)
-            return found.captured.run()[:live]
+            logits = found.captured.run()[:live]
+            self._chosen = True
+            return logits
         except RowReadError as error:
             tokens = sorted({min(token, live - 1) for token in error.tokens})
             raise RowReadError(error.table, error.rows, error.reason, tokens) from None
+
+    def greedy(self, logits: Tensor) -> Greedy | None:
+        """What the run that these logits are the result of chose greedily; None if they are of something else.
+
+        Valid until the next run, to which its tokens may be given as `previous`.
+        """
+        if not self._chosen or logits.data_ptr() != self._logits.data_ptr():
+            return None
+        return Greedy(self._previous[: len(logits)], self._choices[: len(logits)])
 
     def _in_halves(self, rows: int) -> bool:
         """Whether batches of so many rows may run as two halves."""
@@ -175,13 +189,15 @@ class DecodeGraphs:
         return Eager(parts, self._tail)
 
     def _pieces(self, rows: DecodeBatch, attention: Attention) -> Pieces:
-        tokens = resolve(rows.token_ids, self._previous)
-        return (yield from self.transformer.run(tokens, rows.positions, attention))
+        return (yield from self.transformer.run(rows.token_ids, rows.positions, attention, self._previous))
 
     def _tail(self, results: Sequence[Tensor]) -> Tensor:
         """Hidden states of all parts -> logits, where they always lie."""
         hidden = torch.cat(list(results)) if len(results) > 1 else results[0]
-        return self.transformer.logits(hidden, out=self._logits[: len(hidden)])
+        n = len(hidden)
+        logits = self.transformer.logits(hidden, out=self._logits[:n])
+        self.transformer.greedy(logits, self._previous[:n], self._choices[:n])
+        return logits
 
 
 def _rows(batch: DecodeBatch, begin: int, end: int) -> DecodeBatch:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from memlane.models import ModelConfig
+from memlane.models.attention import Lines
 from memlane.runner.transfer import upload
 
 __all__ = ["KVCache"]
@@ -56,6 +57,10 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
+
+    def lines(self, layer: int, slots: Tensor) -> Lines:
+        """Where the keys and values of tokens with these slots int64 [T] go, for code that writes them itself."""
+        return Lines(self.layers[layer].flatten(0, 1), slots)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """k, v [T, kv_heads, head_dim] into slots int64 [T]."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memlane.models.attention import Lines
 from memlane.runner.batch import Batch, Prefill
 from memlane.runner.kv import KVCache
 from memlane.runner.transfer import upload
@@ -39,9 +40,13 @@ class PagedAttention:
             for prefill, blocks in zip(batch.prefills, batch.blocks[singles:], strict=True)
         ]
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def lines(self, layer: int) -> Lines:
+        return self.cache.lines(layer, self.batch.slots)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, written: bool = False) -> Tensor:
         """q [T, H, hd], k and v [T, KV, hd] -> [T, H, hd]."""
-        self.cache.write(layer, self.batch.slots, k, v)
+        if not written:
+            self.cache.write(layer, self.batch.slots, k, v)
         if not self.batch.prefills:
             return self._singles(layer, q)
         parts = [self._singles(layer, q[: self.batch.singles])] if self.batch.singles else []

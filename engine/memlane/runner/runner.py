@@ -19,6 +19,7 @@ from memlane.runner.decode_batch import DecodeBatches
 from memlane.runner.decode_graphs import DecodeGraphs
 from memlane.runner.graphs import Capture
 from memlane.runner.kv import KVCache
+from memlane.runner.sampler import Greedy
 from memlane.runner.transfer import upload
 from memlane.scheduler import Chunk, StepPlan
 from memlane.scheduler import Sequence as Tokens
@@ -81,6 +82,10 @@ class Runner:
             ends = [end - 1 for end in accumulate(chunk.length for chunk in plan.chunks)]
             hidden = hidden.index_select(0, upload(ends, torch.int64, self.device))
         return self.transformer.logits(hidden)
+
+    def greedy(self, logits: Tensor) -> Greedy | None:
+        """What was chosen greedily along with the logits that the last `run` returned, if it was; see DecodeGraphs."""
+        return None if self.decode is None else self.decode.greedy(logits)
 
     def pad_decodes(
         self,

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from memlane.request import TokenLogprobs
-from memlane.runner.penalties import adjust
+from memlane.runner.penalties import adjust, reads_history
 from memlane.runner.random_numbers import uniform
 from memlane.runner.transfer import Download, upload
 from memlane.scheduler import Sequence
 
-__all__ = ["Pending", "Sampled", "launch"]
+__all__ = ["Greedy", "Pending", "PendingGreedy", "Sampled", "launch"]
 
 _LEAST = torch.finfo(torch.float32).tiny
 
@@ -77,6 +77,37 @@ class Pending:
         return found
 
 
+class PendingGreedy:
+    """As Pending, of choices that the device makes along with the logits."""
+
+    def __init__(self, greedy: Greedy) -> None:
+        self.tokens = greedy.tokens
+        self._download = Download(greedy.choices)
+
+    def result(self) -> list[Sampled]:
+        """As Pending."""
+        return [Sampled(None if token < 0 else token, None) for token in self._download.wait().tolist()]
+
+
+class Greedy(NamedTuple):
+    """What would be chosen if nobody asked for anything but the best logits, as the device works it out with the logits.
+
+    tokens, choices int64 [n]: the same, but where logits are not finite, a token 0 and a choice -1.
+    """
+
+    tokens: Tensor
+    choices: Tensor
+
+
+def _plain(sequence: Sequence | None) -> bool:
+    """Whether it takes what is best, and nothing else of the logits matters."""
+    if sequence is None:
+        return True
+    p = sequence.params
+    untouched = not (p.logit_bias or reads_history(sequence) or p.min_tokens > sequence.output_length)
+    return p.greedy and p.logprobs is None and untouched
+
+
 class _Reported(NamedTuple):
     """A row whose log-probabilities were asked for, with so many of the best ones."""
 
@@ -85,11 +116,15 @@ class _Reported(NamedTuple):
 
 
 @torch.inference_mode()
-def launch(logits: Tensor, sequences: SequenceOf[Sequence | None]) -> Pending:
+def launch(
+    logits: Tensor, sequences: SequenceOf[Sequence | None], greedy: Greedy | None = None
+) -> Pending | PendingGreedy:
     """Choose a token for each row of logits fp32 [n, vocab], which may be overwritten; waits for nothing. n > 0.
 
-    Of a row without a sequence only whether it is finite means anything.
+    Of a row without a sequence only whether it is finite means anything. greedy: of these logits, if it is known.
     """
+    if greedy is not None and all(map(_plain, sequences)):
+        return PendingGreedy(greedy)
     # One pass finds any inf or NaN: both survive summing, and finite fp32 logits cannot overflow.
     finite = torch.isfinite(logits.sum(-1))
     reported = [

@@ -26,7 +26,7 @@ class Download:
         """The tensor must not change any more, except by what is given to the same stream later."""
         self._copied: torch.cuda.Event | None = None
         if values.device.type == "cpu":
-            self._host = values
+            self._host = values.clone()
             return
         self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         self._host.copy_(values, non_blocking=True)

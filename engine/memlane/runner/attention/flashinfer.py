@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memlane.models import ModelConfig
-from memlane.models.attention import Attention
+from memlane.models.attention import Attention, Lines
 from memlane.runner.attention.library import (
     LibraryBackend,
     host_step,
@@ -149,9 +149,13 @@ class _FlashInferAttention:
     def __init__(self, cache: KVCache, slots: Tensor, wrapper: Any) -> None:
         self.cache, self.slots, self.wrapper = cache, slots, wrapper
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def lines(self, layer: int) -> Lines:
+        return self.cache.lines(layer, self.slots)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, written: bool = False) -> Tensor:
         """q [T, H, hd], k and v [T, KV, hd] -> [T, H, hd]."""
-        self.cache.write(layer, self.slots, k, v)
+        if not written:
+            self.cache.write(layer, self.slots, k, v)
         out: Tensor = self.wrapper.run(q, self.cache.views(layer))
         return out
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memlane.models import ModelConfig
-from memlane.models.attention import Attention
+from memlane.models.attention import Attention, Lines
 from memlane.runner.batch import Batch
 from memlane.runner.decode_batch import DecodeBatch
 from memlane.runner.kv import KVCache
@@ -141,12 +141,16 @@ class LibraryAttention:
         """static: the numbers in the step's tensors change from one step to the next."""
         self.cache, self.step, self.compute, self.static = cache, step, compute, static
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def lines(self, layer: int) -> Lines:
+        return self.cache.lines(layer, self.step.slots)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, written: bool = False) -> Tensor:
         """q [T, H, hd], k and v [T, KV, hd] -> [T, H, hd]."""
         step = self.step
         if self.static and layer == 0:
             torch.cumsum(step.lengths, 0, dtype=torch.int32, out=step.cu_k[1:])
-        self.cache.write(layer, step.slots, k, v)
+        if not written:
+            self.cache.write(layer, step.slots, k, v)
         return self.compute(q, *self.cache.views(layer), step)
 
 

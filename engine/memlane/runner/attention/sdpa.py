@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from memlane.models.attention import Attention
+from memlane.models.attention import Attention, Lines
 from memlane.runner.batch import Batch
 from memlane.runner.decode_batch import DecodeBatch
 from memlane.runner.kv import KVCache
@@ -47,10 +47,14 @@ class _StaticAttention:
         self.cache, self.static = cache, static
         self._mask: Tensor | None = None
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def lines(self, layer: int) -> Lines:
+        return self.cache.lines(layer, self.static.slots)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, written: bool = False) -> Tensor:
         """q [n, H, hd], k and v [n, KV, hd] -> [n, H, hd]."""
         static = self.static
         if layer == 0:
             self._mask = seen_mask(static.lengths, static.longest, self.cache.dtype)
-        self.cache.write(layer, static.slots, k, v)
+        if not written:
+            self.cache.write(layer, static.slots, k, v)
         return attend_singles(self.cache, layer, q, static.tables, static.longest, self._mask)
