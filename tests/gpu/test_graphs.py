@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 
 import tiny
 from staged import StagedTable
+from torch._dynamo.utils import counters
 
 from memlane.models import Transformer
 from memlane.request import SamplingParams
@@ -110,6 +111,7 @@ def test_compiled_layers_agree_with_modules(
     graphs.transformer.fused = fused.transformer.fused
     fused.pad_decodes(sequences, LONGEST, None, cut=False, halves=False)
     graphs.pad_decodes(sequences, LONGEST, capture_on(device), cut=False, halves=False)
+    before = counters["stats"]["unique_graphs"]
     rng, near = random.Random(0), 0
     for count in (1, sequences, 2, 3, 1):
         each = plan(rng, count, sequences)
@@ -118,5 +120,6 @@ def test_compiled_layers_agree_with_modules(
         # Another rounding may choose another row where two are nearly as good: of few tokens, then.
         tolerance = 1e-3 if dtype == torch.float32 else 0.05
         near += int(((found - wanted).norm(dim=-1) < tolerance * wanted.norm(dim=-1)).sum())
+    assert counters["stats"]["unique_graphs"] == before, "something was compiled again"
     assert near >= 0.8 * (sequences + 7), f"{near} of {sequences + 7} tokens agree"
     torch._dynamo.reset()

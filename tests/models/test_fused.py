@@ -81,7 +81,7 @@ def test_keys_and_values_are_written_where_they_belong(interleaved: bool, tokens
     weights = block.attn_norm.weight, block.attn.wqkv.weight
     rope = rope_at(3 * torch.arange(tokens) + 7, 8, config.rope_theta)
     with torch.inference_mode():
-        q, k, v = fused.project(x, rope, *weights, Lines(lines, slots))
+        q, k, v = fused.project(x, torch.cat(rope, dim=1), *weights, Lines(lines, slots))
         qkv = block.attn.wqkv(block.attn_norm(x)).view(tokens, 8, 8)
     wanted = [rotate(part, rope, interleaved=interleaved) for part in (qkv[:, :4], qkv[:, 4:6])]
     for got, part in zip((q, k, v), [*wanted, qkv[:, 6:]], strict=True):

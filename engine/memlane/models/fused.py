@@ -33,7 +33,6 @@ from memlane.models import fusible
 from memlane.models.attention import Lines
 from memlane.models.config import ModelConfig
 from memlane.models.fusible import RotaryHeads
-from memlane.models.layers import Rope
 from memlane.models.memory import LayerWeights
 from memlane.models.product_keys import ieee_products
 
@@ -51,10 +50,10 @@ class FusedHeads(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """The first layer's input x [T, D], and the angles of the step."""
+    """The first layer's input x [T, D], and cosines and sines of the step's angles [T, 2, hd / 2]."""
 
     x: Tensor
-    rope: Rope
+    rope: Tensor
 
 
 class Question(NamedTuple):
@@ -74,15 +73,27 @@ class _Compiled:
     """A function whose tensors of tokens come first, compiled for a single token and for any greater number of them."""
 
     def __init__(
-        self, one: Callable[..., Any], many: Callable[..., Any], tokenwise: int, backend: str, sized: int = 0
+        self,
+        one: Callable[..., Any],
+        many: Callable[..., Any],
+        tokenwise: int,
+        backend: str,
+        *,
+        sized: int = 0,
+        foreign: slice | None = None,
     ) -> None:
-        """sized: as many arguments after those have a first dimension of any size, too."""
-        self._tokenwise, self._sized = tokenwise, sized
+        """sized: as many arguments after those have a first dimension of any size, too. foreign: arguments that were not
+        computed by this step; see `_plain`."""
+        self._tokenwise, self._sized, self._foreign = tokenwise, sized, foreign
         tuned: dict[str, Any] | None = {"coordinate_descent_tuning": True} if backend == "inductor" else None
         self._one = torch.compile(one, fullgraph=True, dynamic=False, backend=backend, options=tuned)
         self._many = torch.compile(many, fullgraph=True, backend=backend)
 
     def __call__(self, *args: Any) -> Any:
+        if self._foreign is not None:
+            given = list(args)
+            given[self._foreign] = map(_plain, given[self._foreign])
+            return self.chosen(*given)(*given)
         return self.chosen(*args)(*args)
 
     def chosen(self, *args: Any) -> Callable[..., Any]:
@@ -95,6 +106,16 @@ class _Compiled:
         return chosen
 
 
+def _plain(x: Tensor) -> Tensor:
+    """The same memory as a tensor that begins where its storage does, and was made outside of inference mode.
+
+    torch.compile compiles again for a tensor that differs in either, and places in a batch do.
+    """
+    with torch.inference_mode(False):
+        out: Tensor = torch.from_dlpack(x)  # type: ignore[attr-defined]
+        return out
+
+
 class Fused:
     """The compiled functions of one model. Results are those of the plain ones within rounding."""
 
@@ -102,14 +123,16 @@ class Fused:
         """backend: of torch.compile. Compiles nothing yet: each function when it is first called. See Transformer.fuse."""
         self._config = config
         self._heads = RotaryHeads(config.num_heads, config.num_kv_heads, config.rope_interleaved)
-        self._begin = _Compiled(fusible.begin, fusible.begin, 2, backend, sized=1)
-        self._project = _Compiled(fusible.project_one, fusible.project, 4, backend, sized=1)
+        self._begin = _Compiled(fusible.begin, fusible.begin, 2, backend, sized=1, foreign=slice(0, 3))
+        self._project = _Compiled(
+            fusible.project_one, fusible.project, 3, backend, sized=1, foreign=slice(2, 4)
+        )
         self._feed_forward = _Compiled(fusible.feed_forward_one, fusible.feed_forward, 2, backend)
         self._ask = _Compiled(fusible.ask_one, fusible.ask, 2, backend)
         self._answer = _Compiled(fusible.answer_one, fusible.answer, 4, backend)
         self._norm = _Compiled(fusible.norm, fusible.norm, 1, backend)
-        self._logits = _Compiled(fusible.logits_one, fusible.logits, 2, backend)
-        self._greedy = _Compiled(fusible.greedy, fusible.greedy, 3, backend)
+        self._logits = _Compiled(fusible.logits_one, fusible.logits, 2, backend, foreign=slice(1, 2))
+        self._greedy = _Compiled(fusible.greedy, fusible.greedy, 3, backend, foreign=slice(0, 3))
 
     def begin(
         self, token_ids: Tensor, positions: Tensor, previous: Tensor | None, embedding: Tensor
@@ -118,16 +141,15 @@ class Fused:
         c = self._config
         if previous is None:
             previous = torch.zeros(2, dtype=torch.int64, device=token_ids.device)
-        x, cos, sin = self._begin(token_ids, positions, previous, embedding, c.head_dim, c.rope_theta)
-        return Begun(x, Rope(cos, sin))
+        return Begun(*self._begin(token_ids, positions, previous, embedding, c.head_dim, c.rope_theta))
 
     def project(
-        self, x: Tensor, rope: Rope, gain: Tensor, wqkv: Tensor, lines: Lines | None = None
+        self, x: Tensor, rope: Tensor, gain: Tensor, wqkv: Tensor, lines: Lines | None = None
     ) -> FusedHeads:
         """x [T, D] before the norm -> q, k, v; k and v are written, too, where there are lines for them."""
         c = self._config
         to = lines or self._nowhere(x)
-        qkv = self._project(x, *rope, to.slots, to.lines, gain, wqkv, self._heads, c.norm_eps)
+        qkv = self._project(x, rope, to.slots, to.lines, gain, wqkv, self._heads, c.norm_eps)
         return FusedHeads(*torch.split(qkv, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1))
 
     def _nowhere(self, x: Tensor) -> Lines:
@@ -139,7 +161,9 @@ class Fused:
         self, x: Tensor, attended: Tensor, wo: Tensor, gain: Tensor, w_gate_up: Tensor, w_down: Tensor
     ) -> Tensor:
         """x [T, D], attended [T, H, hd] -> the block's output [T, D]."""
-        out: Tensor = self._feed_forward(x, attended, wo, gain, w_gate_up, w_down, self._config.norm_eps)[0]
+        out: Tensor = self._feed_forward(
+            x, attended.flatten(1), wo, gain, w_gate_up, w_down, self._config.norm_eps
+        )[0]
         return out
 
     def ask(self, x: Tensor, attended: Tensor, wo: Tensor, gain: Tensor, weights: LayerWeights) -> Question:
@@ -148,7 +172,9 @@ class Fused:
         assert memory is not None
         with ieee_products(x.device):
             return Question(
-                *self._ask(x, attended, wo, gain, weights, memory.kind == "peer", self._config.norm_eps)
+                *self._ask(
+                    x, attended.flatten(1), wo, gain, weights, memory.kind == "peer", self._config.norm_eps
+                )
             )
 
     def answer(self, question: Question, bag: Tensor, value_proj: tuple[Tensor, Tensor] | None) -> Tensor:

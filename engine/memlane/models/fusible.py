@@ -53,44 +53,41 @@ def with_bias(out: Tensor, bias: Tensor | None) -> Tensor:
 
 def begin(
     token_ids: Tensor, positions: Tensor, previous: Tensor, embedding: Tensor, head_dim: int, theta: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """token_ids, positions int64 [T] -> x [T, D] and the angles' cosines and sines [T, 1, hd / 2].
+) -> tuple[Tensor, Tensor]:
+    """token_ids, positions int64 [T] -> x [T, D] and the angles' cosines and sines [T, 2, hd / 2].
 
     Token ids below 0 stand for rows of `previous` int64 [m]: see `resolve`.
     """
     tokens = resolve(token_ids, previous)
     x = F.embedding(tokens, embedding)
-    # Both in one place, so that one kernel makes them.
-    cos, sin = (part.unsqueeze(0) for part in rope_at(positions, head_dim, theta))
-    first = torch.arange(2, device=x.device).view(2, 1, 1, 1) == 0
-    cos, sin = torch.where(first, cos, sin).unbind(0)
-    return x, cos, sin
+    cos, sin = rope_at(positions, head_dim, theta)
+    return x, torch.where(torch.arange(2, device=x.device).view(2, 1) == 0, cos, sin)  # one kernel, not two
 
 
 # --- before attention ---
 
 
 def project(
-    x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, lines: Tensor, gain: Tensor, wqkv: Tensor,
+    x: Tensor, rope: Tensor, slots: Tensor, lines: Tensor, gain: Tensor, wqkv: Tensor,
     shape: RotaryHeads, eps: float,
 ) -> Tensor:  # fmt: skip
     """x [T, D] -> norm, product, rotation [T, H + 2 KV, hd]: q, k, v; k and v are written to `lines` too.
 
     lines [slots, 2 KV, hd]: those of `slots` int64 [T] get the tokens' keys and values, and the last one whatever.
     """
-    return _place(F.linear(rms_norm(x, gain, eps), wqkv), cos, sin, slots, lines, shape)
+    return _place(F.linear(rms_norm(x, gain, eps), wqkv), rope, slots, lines, shape)
 
 
 def project_one(
-    x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, lines: Tensor, gain: Tensor, wqkv: Tensor,
+    x: Tensor, rope: Tensor, slots: Tensor, lines: Tensor, gain: Tensor, wqkv: Tensor,
     shape: RotaryHeads, eps: float,
 ) -> Tensor:  # fmt: skip
     """`project` of a single token."""
     qkv = product(normed_rows(x, gain, eps, wqkv.shape[0]), wqkv).to(x.dtype)
-    return _place(qkv.unsqueeze(0), cos, sin, slots, lines, shape)
+    return _place(qkv.unsqueeze(0), rope, slots, lines, shape)
 
 
-def _place(qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, lines: Tensor, shape: RotaryHeads) -> Tensor:
+def _place(qkv: Tensor, rope: Tensor, slots: Tensor, lines: Tensor, shape: RotaryHeads) -> Tensor:
     """Rotate q and k of qkv [T, (H + 2 KV) hd] and write k and v: one kernel, as all of it is done for every head.
 
     So values are rotated, too, and not used; and queries are written, to where nobody reads.
@@ -100,7 +97,7 @@ def _place(qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, lines: Tensor, 
     pairs, at = ((head_dim // 2, 2), -1) if shape.interleaved else ((2, head_dim // 2), -2)
     wide = qkv.float().view(tokens, heads, *pairs)
     first = torch.arange(2, device=qkv.device).view((2,) if shape.interleaved else (2, 1)) == 0
-    cos, sin = cos.unsqueeze(at), sin.unsqueeze(at)
+    cos, sin = (part.unsqueeze(1).unsqueeze(at) for part in rope.unbind(1))
     turned = wide * cos + wide.flip(at) * torch.where(first, -sin, sin)
     head = torch.arange(heads, device=qkv.device)
     rotates = (head < shape.heads + shape.kv_heads).view(heads, 1, 1)
@@ -118,7 +115,7 @@ def feed_forward(
     x: Tensor, attended: Tensor, wo: Tensor, gain: Tensor, w_gate_up: Tensor, w_down: Tensor, eps: float
 ) -> tuple[Tensor, ...]:
     """All that a block does after attention, where it has a feed-forward part: [T, D]."""
-    h = x + F.linear(attended.flatten(1), wo)
+    h = x + F.linear(attended, wo)
     gate, up = F.linear(rms_norm(h, gain, eps), w_gate_up).chunk(2, dim=-1)
     return (h + F.linear(F.silu(gate) * up, w_down),)
 
@@ -127,7 +124,7 @@ def feed_forward_one(
     x: Tensor, attended: Tensor, wo: Tensor, gain: Tensor, w_gate_up: Tensor, w_down: Tensor, eps: float
 ) -> tuple[Tensor, ...]:
     """`feed_forward` of a single token, and what is stored in between."""
-    h = x + product(attended.flatten(1), wo).to(x.dtype)
+    h = x + product(attended, wo).to(x.dtype)
     width = w_down.shape[1]
     normed = normed_rows(h, gain, eps, width)
     w_gate, w_up = w_gate_up.view(2, width, -1).unbind(0)
@@ -142,11 +139,11 @@ def feed_forward_one(
 def ask(
     x: Tensor, attended: Tensor, wo: Tensor, gain: Tensor, weights: LayerWeights, keep_norm: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """x [T, D], attended [T, H, hd] -> x after attention, its norm, the query fp32, silu(swilu) and the gate.
+    """x [T, D], attended [T, H * hd] -> x after attention, its norm, the query fp32, silu(swilu) and the gate.
 
     keep_norm: whether the norm is wanted; else something of the same shape and dtype may come in its place.
     """
-    h = x + F.linear(attended.flatten(1), wo)
+    h = x + F.linear(attended, wo)
     normed = rms_norm(h, gain, eps)
     silu = None if weights.swilu is None else F.silu(F.linear(normed, *weights.swilu))
     gate = None if weights.gate is None else torch.sigmoid(F.linear(normed, *weights.gate))
@@ -157,7 +154,7 @@ def ask_one(
     x: Tensor, attended: Tensor, wo: Tensor, gain: Tensor, weights: LayerWeights, keep_norm: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """`ask` of a single token."""
-    h = x + product(attended.flatten(1), wo).to(x.dtype)
+    h = x + product(attended, wo).to(x.dtype)
 
     def of(part: tuple[Tensor, Tensor]) -> Tensor:
         weight, bias = part

@@ -59,13 +59,15 @@ class Block(nn.Module):
         else:
             self.ffn = FeedForward(config.hidden_size, config.intermediate_size)
 
-    def run(self, x: Tensor, rope: Rope, attention: Attention, fused: Fused | None = None) -> Pieces:
+    def run(self, x: Tensor, rope: Rope | Tensor, attention: Attention, fused: Fused | None = None) -> Pieces:
         """x [T, D] -> [T, D]. Stops once if it has a memory layer: its rows are asked for, and not yet needed.
 
-        fused: computes the dense parts, in place of the modules, which are its twin.
+        fused: computes the dense parts, in place of the modules, which are its twin; then `rope` is what it began with.
         """
         if fused is not None:
+            assert isinstance(rope, Tensor)
             return (yield from self._run_fused(fused, x, rope, attention))
+        assert isinstance(rope, Rope)
         x = x + self.attn(self.attn_norm(x), self.layer, rope, attention)
         normed = self.ffn_norm(x)
         if self.ffn is not None:
@@ -76,7 +78,7 @@ class Block(nn.Module):
             yield pending
             return x + pending.finish()
 
-    def _run_fused(self, by: Fused, x: Tensor, rope: Rope, attention: Attention) -> Pieces:
+    def _run_fused(self, by: Fused, x: Tensor, rope: Tensor, attention: Attention) -> Pieces:
         lines = attention.lines(self.layer)
         heads = by.project(x, rope, self.attn_norm.weight, self.attn.wqkv.weight, lines)
         # Of one layout, whatever computes it: for another one everything would be compiled again, within a step.
@@ -131,6 +133,7 @@ class Transformer(nn.Module):
         Raises RowReadError, with tokens counted within these T, where it goes on and rows could not be read.
         """
         fused = self.fused
+        rope: Rope | Tensor
         if fused is None:
             rope = rope_at(positions, self.config.head_dim, self.config.rope_theta)
             x = self.embed(token_ids if previous is None else resolve(token_ids, previous))
@@ -168,12 +171,13 @@ class Transformer(nn.Module):
             assert isinstance(block, Block)
             heads = fused.project(x, rope, block.attn_norm.weight, block.attn.wqkv.weight)
             wo, gain = block.attn.wo.weight, block.ffn_norm.weight
+            attended = torch.empty_like(heads.q, memory_format=torch.contiguous_format).zero_()
             if block.ffn is not None:
-                fused.feed_forward(x, heads.q, wo, gain, block.ffn.w_gate_up.weight, block.ffn.w_down.weight)
+                fused.feed_forward(x, attended, wo, gain, block.ffn.w_gate_up.weight, block.ffn.w_down.weight)
             if block.memory is not None:
                 assert c.memory is not None
                 w = block.memory.weights()
-                asked = fused.ask(x, heads.q, wo, gain, w)
+                asked = fused.ask(x, attended, wo, gain, w)
                 fused.answer(asked, torch.zeros(tokens, c.memory.value_dim, device=x.device), w.value_proj)
         hidden = fused.norm(x, self.norm.weight)
         logits = torch.empty(tokens, c.vocab_size, device=x.device)

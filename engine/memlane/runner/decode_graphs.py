@@ -90,7 +90,8 @@ class DecodeGraphs:
         self.sizes = ladder(batches.rows)
         self._capture = capture
         device = kv.layers[0].device
-        self._previous = torch.zeros(batches.rows, dtype=torch.int64, device=device)
+        # Two at least: a compiler would take a single one for a shape of its own.
+        self._previous = torch.zeros(max(2, batches.rows), dtype=torch.int64, device=device)
         self._logits = torch.empty(self.sizes[-1], transformer.config.vocab_size, device=device)
         self._choices = torch.zeros_like(self._previous)
         self._sets: dict[_Key, _Set] = {}

@@ -86,10 +86,9 @@ def largest_difference(
             batch = make_batch(plan, block_size, device)
             tokens = plan.tokens
             pair = backend.attention(caches[0], batch), SdpaBackend().attention(caches[1], batch)
-        q, k, v = (
-            torch.randn(tokens, heads, config.head_dim, generator=generator).to(device, dtype)
-            for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        )
+        parts = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        qkv = torch.randn(tokens, sum(parts), config.head_dim, generator=generator).to(device, dtype)
+        q, k, v = torch.split(qkv, parts, dim=1)  # views, as compiled layers hand them out
         # Twice: looking everywhere, which shows a wrong block, and at itself, which shows a length that is one short.
         itself = 4 * k.repeat_interleave(config.num_heads // config.num_kv_heads, dim=1)
         for queries in (q, itself):
