@@ -59,8 +59,8 @@ bench: $(VENV)/dev.done ## measure; results go to benchmarks/results
 	$(BIN)/python benchmarks/run.py
 
 # The machine's own python3, which has torch for its GPU; nothing is downloaded. Wheels it lacks: deploy/gpu/wheels.sh.
-gpu-check: ## check and measure the GPU path, without internet, in under 9 minutes
-	$(PYTHON) benchmarks/gpu_check.py
+gpu-check: ## check and measure the GPU path, without internet, in under 9 minutes (GPU_CHECK=--help)
+	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
 
 clean: ## remove the environment and build outputs
 	rm -rf $(VENV) build dist

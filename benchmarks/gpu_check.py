@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument(
         "--sanitize", default="not graph and not large", help="pytest -k of the tests under compute-sanitizer"
     )
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for everything")
+    parser.add_argument("--limit", type=float, help=f"seconds for everything [{LIMIT:.0f}]")
     parser.add_argument(
         "--wheels", type=Path, default=None, help="folder of wheels [wheels, in the checkout]"
     )
@@ -71,6 +71,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     options.wheels = options.wheels or options.root / "wheels"
+    options.limit = options.limit or LIMIT * (2 if options.without_gpu else 1)  # the interpreter is slow
     check = Check(options)
     machine = probe(check)
     if machine["card"] is None and not options.without_gpu:
@@ -94,16 +95,19 @@ def main() -> int:
 def groups(check: Check, machine: dict[str, Any]) -> Iterator[Bodies]:
     """Stages in the order of their weight; those of a group run at the same time."""
     decode = ["--models", check.models, "--formats"]
+    of_tests = 240 if check.options.without_gpu else 120
     yield {"environment": lambda: environment(check, machine)}
     yield {"build": lambda: build(check)}
     yield {
-        "kernel tests": lambda: tests(check, "kernel tests", kernel_files(check), check.limit(120, 0.45)),
+        "kernel tests": lambda: tests(
+            check, "kernel tests", kernel_files(check), check.limit(of_tests, 0.45)
+        ),
         "models": lambda: write_models(check, check.limit(120, 0.45)),
     }
     formats = ["--formats", "bfloat16", "int4"]
     yield {"kernels": lambda: measure(check, "kernels", "gpu_kernels.py", formats, check.limit(75), 20)}
     yield {
-        "engine tests": lambda: tests(check, "engine tests", other_files(check), check.limit(120, 0.25)),
+        "engine tests": lambda: tests(check, "engine tests", other_files(check), check.limit(of_tests, 0.25)),
         "memcheck": lambda: sanitize(check, "memcheck", check.limit(90, 0.25)),
         "racecheck": lambda: sanitize(check, "racecheck", check.limit(90, 0.25)),
     }

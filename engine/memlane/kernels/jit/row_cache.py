@@ -163,10 +163,10 @@ def _claim(words, rows, slot, now, sets, buckets, probes, open_lookups):
 
     # Scratch: buckets probed in one order from the row's own on, so many and no more: where a whole prompt finds scratch
     # full, each of its rows would look through all of it. Even and odd lookups have their own.
-    open_ids = conflict & (probes > 0)
+    tried = tl.zeros_like(slot)
+    open_ids = conflict & (tried < probes)
     first = sets + (now & 1).to(tl.int32) * buckets
     bucket = (_mix(_mix(rows.to(tl.uint32))) % tl.maximum(buckets, 1).to(tl.uint32)).to(tl.int32)
-    tried = tl.zeros_like(bucket)
     while tl.max(open_ids.to(tl.int32), axis=0) > 0:
         way, took, full, _ = _take(words, first + bucket, rows, open_ids, 1, now)
         slot = tl.where(way >= 0, (first + bucket) * WAYS + way, slot)
