@@ -75,7 +75,7 @@ class _Table:
     def __init__(self, gpu: FakeGpu, name: str, rows: int, width: int) -> None:
         self._gpu, self.name, self.rows, self.width = gpu, name, rows, width
 
-    def begin(self, ids: Tensor) -> _Table:
+    def begin(self, ids: Tensor, live: Tensor | None = None) -> _Table:
         return self
 
     def fetch(self) -> None:

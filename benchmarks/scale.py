@@ -134,7 +134,7 @@ class SpreadTable:
         self._large, self.rows = large, rows
         self.name, self.width = large.name, large.width
 
-    def begin(self, ids: Tensor) -> Lookup:
+    def begin(self, ids: Tensor, live: Tensor | None = None) -> Lookup:
         return self._large.begin(ids * FACTOR % self._large.rows)
 
     def weighted_sum(self, ids: Tensor, weights: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class FaultyTable:
         self.asked: set[int] = set()
         self.name, self.rows, self.width = self._table.name, self._table.rows, self._table.width
 
-    def begin(self, ids: Tensor) -> Lookup:
+    def begin(self, ids: Tensor, live: Tensor | None = None) -> Lookup:
         return ReferenceLookup(self, ids)
 
     def weighted_sum(self, ids: Tensor, weights: Tensor) -> Tensor:

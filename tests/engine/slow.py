@@ -25,7 +25,7 @@ class SlowTable:
         self.events: list[Event] = []
         self.open: list[SlowLookup] = []
 
-    def begin(self, ids: Tensor) -> Lookup:
+    def begin(self, ids: Tensor, live: Tensor | None = None) -> Lookup:
         assert len(self.open) < 2, "more than two lookups are open"
         self.events.append(("begin", ids.shape[0]))
         self.open.append(SlowLookup(self, ids))
@@ -58,7 +58,7 @@ class SlowLookup:
     def activations(self, x: Tensor, weights: Tensor) -> Tensor:
         return torch.nn.functional.gelu(self.dot(x)) * weights
 
-    def asked(self) -> None:
+    def launched(self) -> None:
         pass
 
     def fetch(self) -> None:

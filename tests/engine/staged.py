@@ -22,10 +22,10 @@ class StagedTable:
     def __init__(self, values: Tensor, *, by_host: bool = True, bad: Iterable[int] = ()) -> None:
         self.values, self.by_host, self.bad = values, by_host, set(bad)
         self.rows, self.width = values.shape
-        self.on_asked: Callable[[], object] = lambda: None
+        self.on_launched: Callable[[], object] = lambda: None
         self.events: list[tuple[str, int]] = []
 
-    def begin(self, ids: Tensor) -> Lookup:
+    def begin(self, ids: Tensor, live: Tensor | None = None) -> Lookup:
         self.events.append(("begin", len(ids)))
         return StagedLookup(self, ids)
 
@@ -45,8 +45,8 @@ class StagedLookup:
         self._staging = torch.full((*ids.shape, table.width), float("nan"), device=ids.device)
         self._fetched = False
 
-    def asked(self) -> None:
-        self._table.on_asked()
+    def launched(self) -> None:
+        self._table.on_launched()
 
     def fetch(self) -> None:
         if not self._table.by_host:

@@ -238,7 +238,7 @@ def test_one_half_computes_while_rows_of_the_other_are_fetched() -> None:
 
 
 @pytest.mark.parametrize("halves", [False, True], ids=["one", "halves"])
-def test_a_lookup_knows_when_it_was_asked_for(halves: bool) -> None:
+def test_a_lookup_knows_when_it_was_launched(halves: bool) -> None:
     """Right after its piece is replayed, before the other half's: its fetch must not wait for that one too."""
     table = staged()
     made = padded(table, TapeCapture(), cut=True, halves=halves, sequences=4)
@@ -247,9 +247,9 @@ def test_a_lookup_knows_when_it_was_asked_for(halves: bool) -> None:
     assert isinstance(found, Cut)
     for piece in found._pieces:
         piece.graph.replay = lambda replay=piece.graph.replay: order.append("replay") or replay()  # type: ignore
-    table.on_asked = lambda: order.append("asked")
+    table.on_launched = lambda: order.append("launched")
     made.run(plan(random.Random(0), 4))
-    assert order == ["replay", "asked"] * (4 if halves else 2) + ["replay"] * (2 if halves else 1)
+    assert order == ["replay", "launched"] * (4 if halves else 2) + ["replay"] * (2 if halves else 1)
 
 
 # --- whatever fails ---

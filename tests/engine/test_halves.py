@@ -262,7 +262,7 @@ def test_a_half_that_cannot_begin_closes_the_other(monkeypatch: pytest.MonkeyPat
     plan = random_plan(random.Random(0))
     begin = table.begin
 
-    def only_once(ids: Tensor) -> Any:
+    def only_once(ids: Tensor, live: Tensor | None = None) -> Any:
         if table.open:
             raise IndexError("no such row")
         return begin(ids)

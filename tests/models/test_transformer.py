@@ -184,7 +184,7 @@ class Asked:
         self.name, self.rows, self.width = name, 64, 16
         self.events, self.broken = events, broken
 
-    def begin(self, ids: Tensor) -> Lookup:
+    def begin(self, ids: Tensor, live: Tensor | None = None) -> Lookup:
         if self.broken:
             raise IndexError("no such row")
         self.events.append(f"begin {self.name}")

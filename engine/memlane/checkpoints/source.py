@@ -122,7 +122,7 @@ class _ShapeOnly:
     rows: int
     width: int
 
-    def begin(self, ids: Tensor) -> Lookup:
+    def begin(self, ids: Tensor, live: Tensor | None = None) -> Lookup:
         raise NotImplementedError
 
     def weighted_sum(self, ids: Tensor, weights: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ __all__ = ["Asked", "LayerWeights", "MemoryLayer", "Pending", "PendingMemory", "
 class Pending(Protocol):
     """A layer's output that waits for something. `finish` ends it, `close` gives it up (idempotent, fine after the end)."""
 
-    def asked(self) -> None:
-        """As `Lookup.asked`."""
+    def launched(self) -> None:
+        """As `Lookup.launched`."""
 
     def fetch(self) -> None:
         """As `Lookup.fetch`."""
@@ -77,9 +77,9 @@ class PendingMemory:
         self._layer, self._x, self.prepared = layer, x, prepared
         self._weights, self._lookups = weights, lookups
 
-    def asked(self) -> None:
+    def launched(self) -> None:
         for lookup in self._lookups:
-            lookup.asked()
+            lookup.launched()
 
     def fetch(self) -> None:
         for lookup in self._lookups:
@@ -126,14 +126,15 @@ class MemoryLayer(nn.Module):
         """x [T, D] after the norm -> [T, D], in x's dtype. Raises RowReadError if a row cannot be read."""
         return self.begin(x).finish()
 
-    def begin(self, x: Tensor, asked: Asked | None = None) -> PendingMemory:
+    def begin(self, x: Tensor, asked: Asked | None = None, live: Tensor | None = None) -> PendingMemory:
         """Choose rows for x [T, D] and ask every table for them (PEER's V is read while its U is used); don't wait.
 
-        asked: what was computed of x already; then only PEER needs its numbers, others its shape and dtype.
+        asked: what was computed of x already; then only PEER needs its numbers, others its shape and dtype. live: as
+        `Table.begin` has it.
         """
         ids, weights = self.choose(x) if asked is None else self.choose(x, asked.query)
         with ExitStack() as opened:
-            lookups = [opened.enter_context(closing(table.begin(ids))) for table in self._tables]
+            lookups = [opened.enter_context(closing(table.begin(ids, live))) for table in self._tables]
             pending = PendingMemory(
                 self, x, self.prepare(x) if asked is None else asked.prepared, weights, lookups
             )

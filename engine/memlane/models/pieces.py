@@ -13,8 +13,8 @@ __all__ = ["Pieces", "Waiting", "advance", "finish"]
 class Waiting(Protocol):
     """What a computation waits for at a stop."""
 
-    def asked(self) -> None:
-        """As `Lookup.asked`."""
+    def launched(self) -> None:
+        """As `Lookup.launched`."""
 
     def fetch(self) -> None:
         """As `Lookup.fetch`. Going on calls it where that is needed, except from within a replayed graph."""

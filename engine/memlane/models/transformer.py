@@ -59,14 +59,22 @@ class Block(nn.Module):
         else:
             self.ffn = FeedForward(config.hidden_size, config.intermediate_size)
 
-    def run(self, x: Tensor, rope: Rope | Tensor, attention: Attention, fused: Fused | None = None) -> Pieces:
+    def run(
+        self,
+        x: Tensor,
+        rope: Rope | Tensor,
+        attention: Attention,
+        fused: Fused | None = None,
+        live: Tensor | None = None,
+    ) -> Pieces:
         """x [T, D] -> [T, D]. Stops once if it has a memory layer: its rows are asked for, and not yet needed.
 
         fused: computes the dense parts, in place of the modules, which are its twin; then `rope` is what it began with.
+        live: as `Table.begin` has it.
         """
         if fused is not None:
             assert isinstance(rope, Tensor)
-            return (yield from self._run_fused(fused, x, rope, attention))
+            return (yield from self._run_fused(fused, x, rope, attention, live))
         assert isinstance(rope, Rope)
         x = x + self.attn(self.attn_norm(x), self.layer, rope, attention)
         normed = self.ffn_norm(x)
@@ -74,11 +82,13 @@ class Block(nn.Module):
             out: Tensor = x + self.ffn(normed)
             return out
         assert self.memory is not None
-        with closing(self.memory.begin(normed)) as pending:
+        with closing(self.memory.begin(normed, live=live)) as pending:
             yield pending
             return x + pending.finish()
 
-    def _run_fused(self, by: Fused, x: Tensor, rope: Tensor, attention: Attention) -> Pieces:
+    def _run_fused(
+        self, by: Fused, x: Tensor, rope: Tensor, attention: Attention, live: Tensor | None
+    ) -> Pieces:
         lines = attention.lines(self.layer)
         heads = by.project(x, rope, self.attn_norm.weight, self.attn.wqkv.weight, lines)
         # Of one layout, whatever computes it: for another one everything would be compiled again, within a step.
@@ -90,7 +100,7 @@ class Block(nn.Module):
         weights = self.memory.weights()
         asked = by.ask(x, attended, wo, gain, weights)
         prepared = Prepared(asked.silu, asked.gate)
-        with closing(self.memory.begin(asked.normed, Asked(asked.query, prepared))) as pending:
+        with closing(self.memory.begin(asked.normed, Asked(asked.query, prepared), live)) as pending:
             yield pending
             return by.answer(asked, pending.sum(), weights.value_proj)
 
@@ -123,11 +133,16 @@ class Transformer(nn.Module):
         return finish(self.run(token_ids, positions, attention))
 
     def run(
-        self, token_ids: Tensor, positions: Tensor, attention: Attention, previous: Tensor | None = None
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        previous: Tensor | None = None,
+        live: Tensor | None = None,
     ) -> Pieces:
         """`forward` in pieces: stops at every memory layer, right after its rows were asked for.
 
-        previous: what token ids below 0 stand for; see `layers.resolve`.
+        previous: what token ids below 0 stand for; see `layers.resolve`. live: as `Table.begin` has it.
 
         Whoever drives it may do something else there while rows are read. Closed at a stop, it gives those rows up.
         Raises RowReadError, with tokens counted within these T, where it goes on and rows could not be read.
@@ -141,7 +156,7 @@ class Transformer(nn.Module):
             x, rope = fused.begin(token_ids, positions, previous, self.embed.weight)
         for block in self.layers:
             assert isinstance(block, Block)
-            x = yield from block.run(x, rope, attention, fused)
+            x = yield from block.run(x, rope, attention, fused, live)
         out: Tensor = self.norm(x) if fused is None else fused.norm(x, self.norm.weight)
         return out
 

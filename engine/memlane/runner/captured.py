@@ -120,7 +120,7 @@ class Cut:
                 if isinstance(out, Tensor):
                     waiting.pop(run, None)
                 else:
-                    out.asked()
+                    out.launched()
                     waiting[run] = out
         finally:
             self._close(waiting.values())

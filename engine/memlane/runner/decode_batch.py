@@ -10,7 +10,7 @@ Host arrays hold the truth. Each step writes into them what changed, and sends t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +29,8 @@ class DecodeBatch:
 
     token_ids int64 [n]: where below 0, see `batch.resolve`. positions, slots int64 [n]: as in Batch. lengths int32 [n]:
     positions that a row sees, its own included. tables int32 [n, m]: the blocks that hold its first `longest` positions,
-    each row padded with its own last block. longest: no row of a step that runs with this batch is longer.
+    each row padded with its own last block. longest: no row of a step that runs with this batch is longer. live int64
+    [1]: of the ids that its rows look up in a table, how many are not of padding; see `Table.begin`.
     host_lengths, host_tables: lengths and tables on the host, for libraries that plan there.
     """
 
@@ -38,6 +39,7 @@ class DecodeBatch:
     slots: Tensor
     lengths: Tensor
     tables: Tensor
+    live: Tensor
     longest: int
     block_size: int
     host_lengths: NDArray[np.int32]
@@ -46,6 +48,20 @@ class DecodeBatch:
     @property
     def n(self) -> int:
         return len(self.slots)
+
+    def part(self, begin: int, end: int, live: Tensor) -> DecodeBatch:
+        """Some rows of it, over the same tensors; `live` is theirs."""
+        return replace(
+            self,
+            token_ids=self.token_ids[begin:end],
+            positions=self.positions[begin:end],
+            slots=self.slots[begin:end],
+            lengths=self.lengths[begin:end],
+            tables=self.tables[begin:end],
+            live=live,
+            host_lengths=self.host_lengths[begin:end],
+            host_tables=self.host_tables[begin:end],
+        )
 
 
 class _Held(NamedTuple):
@@ -63,22 +79,31 @@ class DecodeBatches:
     """
 
     def __init__(
-        self, rows: int, max_length: int, block_size: int, sink: int, device: torch.device | str = "cpu"
+        self,
+        rows: int,
+        max_length: int,
+        block_size: int,
+        sink: int,
+        device: torch.device | str = "cpu",
+        ids_per_row: int = 1,
     ) -> None:
-        """max_length: of any sequence, in tokens. sink: the slot that rows without a sequence write to."""
+        """max_length: of any sequence, in tokens. sink: the slot that rows without a sequence write to. ids_per_row: that a
+        token looks up in a table at once."""
         self.rows, self.max_length = rows, max_length
         self.block_size, self.sink = block_size, sink
         device = torch.device(device)
         pin = device.type == "cuda"
         blocks = -(-max_length // block_size)
-        self._numbers = torch.zeros(3, rows, dtype=torch.int64, pin_memory=pin)  # tokens, positions, slots
+        # Tokens, positions, slots; and `live` of the whole batch and of each half.
+        self._numbers = torch.zeros(4, max(3, rows), dtype=torch.int64, pin_memory=pin)
+        self._ids_per_row = ids_per_row
         self._numbers[2] = sink  # until the first step, as when graphs are captured
         self._lengths = torch.ones(rows, dtype=torch.int32, pin_memory=pin)
         self._tables = torch.zeros(rows, blocks, dtype=torch.int32, pin_memory=pin)
         self._device_numbers = self._numbers.to(device, copy=True)
         self._device_lengths = self._lengths.to(device, copy=True)
         self._device_tables = self._tables.to(device, copy=True)
-        self.tokens, self.positions, self.slots = self._numbers.numpy()
+        self.tokens, self.positions, self.slots, self._live = self._numbers.numpy()
         self.lengths: NDArray[np.int32] = self._lengths.numpy()
         self.tables: NDArray[np.int32] = self._tables.numpy()
         self._held = [_Held([], 0)] * rows
@@ -91,7 +116,7 @@ class DecodeBatches:
         assert 0 < n <= self.rows, f"{n} rows of {self.rows}"
         assert 0 < longest <= self.max_length, f"{longest} positions of {self.max_length}"
         if (n, longest) not in self._batches:
-            token_ids, positions, slots = self._device_numbers[:, :n]
+            token_ids, positions, slots, _ = self._device_numbers[:, :n]
             blocks = -(-longest // self.block_size)
             self._batches[n, longest] = DecodeBatch(
                 token_ids=token_ids,
@@ -99,12 +124,18 @@ class DecodeBatches:
                 slots=slots,
                 lengths=self._device_lengths[:n],
                 tables=self._device_tables[:n, :blocks],
+                live=self._device_numbers[3, :1],
                 longest=longest,
                 block_size=self.block_size,
                 host_lengths=self.lengths[:n],
                 host_tables=self.tables[:n, :blocks],
             )
         return self._batches[n, longest]
+
+    def halves(self, n: int, longest: int | None = None) -> tuple[DecodeBatch, DecodeBatch]:
+        """The first n rows, 2 or more, in two batches: rows up to n // 2, and the others."""
+        whole, middle, live = self.batch(n, longest), n // 2, self._device_numbers[3]
+        return whole.part(0, middle, live[1:2]), whole.part(middle, n, live[2:3])
 
     def fill(self, plan: StepPlan, n: int, pending: Mapping[Sequence, int] | None = None) -> int:
         """Take in a plan of single tokens, filled up to n rows. Returns the longest length, which `batch` must cover.
@@ -132,6 +163,8 @@ class DecodeBatches:
         for numbers in (self.tokens, self.positions, self.lengths):
             numbers[live:n] = numbers[last]
         self.slots[live:n] = self.sink
+        first = min(live, n // 2)
+        self._live[:3] = np.array([live, first, live - first]) * self._ids_per_row
         changed += [row for row in range(live, n) if self._copy_table(row, last)]
         self._send(changed)
         return int(self.lengths[:live].max())

@@ -9,13 +9,11 @@ anyway. Without a capture the same padded batches run eagerly: the same kernels,
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -164,15 +162,16 @@ class DecodeGraphs:
     def _set(self, key: _Key) -> _Set:
         """What runs batches of that key, captured now if it has not been."""
         if key not in self._sets:
-            batch = self.batches.batch(key.rows, key.longest)
-            cuts = [0, key.rows // 2, key.rows] if key.halves else [0, key.rows]
-            spans = list(pairwise(cuts))
-            static = [batch] if len(spans) == 1 else [_rows(batch, *span) for span in spans]
-            parts = []
-            for (begin, _), rows in zip(spans, static, strict=True):
+            if key.halves:
+                static = list(self.batches.halves(key.rows, key.longest))
+            else:
+                static = [self.batches.batch(key.rows, key.longest)]
+            parts, begin = [], 0
+            for rows in static:
                 attention = self.backend.decode(self.kv, rows)
                 self.backend.prepare(rows)
                 parts.append(Part(begin, partial(self._pieces, rows, attention)))
+                begin += rows.n
             self._sets[key] = _Set(self._captured(key, parts), static)
         return self._sets[key]
 
@@ -190,7 +189,11 @@ class DecodeGraphs:
         return Eager(parts, self._tail)
 
     def _pieces(self, rows: DecodeBatch, attention: Attention) -> Pieces:
-        return (yield from self.transformer.run(rows.token_ids, rows.positions, attention, self._previous))
+        return (
+            yield from self.transformer.run(
+                rows.token_ids, rows.positions, attention, self._previous, rows.live
+            )
+        )
 
     def _tail(self, results: Sequence[Tensor]) -> Tensor:
         """Hidden states of all parts -> logits, where they always lie."""
@@ -199,17 +202,3 @@ class DecodeGraphs:
         logits = self.transformer.logits(hidden, out=self._logits[:n])
         self.transformer.greedy(logits, self._previous[:n], self._choices[:n])
         return logits
-
-
-def _rows(batch: DecodeBatch, begin: int, end: int) -> DecodeBatch:
-    """Some rows of a batch, over the same tensors."""
-    return dataclasses.replace(
-        batch,
-        token_ids=batch.token_ids[begin:end],
-        positions=batch.positions[begin:end],
-        slots=batch.slots[begin:end],
-        lengths=batch.lengths[begin:end],
-        tables=batch.tables[begin:end],
-        host_lengths=batch.host_lengths[begin:end],
-        host_tables=batch.host_tables[begin:end],
-    )

@@ -98,7 +98,15 @@ class Runner:
         split: Callable[[int], bool] | None = None,
     ) -> None:
         """From now on run steps of up to so many single tokens, none beyond max_length, as DecodeGraphs does."""
-        batches = DecodeBatches(sequences, max_length, self.kv.block_size, self.kv.sink, self.device)
+        memory = self.transformer.config.memory
+        batches = DecodeBatches(
+            sequences,
+            max_length,
+            self.kv.block_size,
+            self.kv.sink,
+            self.device,
+            ids_per_row=0 if memory is None else memory.rows_per_token,
+        )
         self.decode = DecodeGraphs(
             self.transformer, self.kv, self.attention, batches, capture, cut=cut, halves=halves, split=split
         )

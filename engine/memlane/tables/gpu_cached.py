@@ -31,7 +31,6 @@ class CachedStore:
         self._peek = new_stream(device, urgent=True)
         self._peeked = host_buffer((len(cache.counters),), torch.int64, device)
         self._forgotten = 0
-        self.live: Tensor | None = None  # int64 [1] on the device: ids of a lookup that are not padding
 
     def buffers(self, ids: int) -> LookupBuffers:
         """Uninitialised: the kernels write what is read of them."""
@@ -42,7 +41,7 @@ class CachedStore:
             miss_count=torch.empty(1, dtype=torch.int64, device=self.device),
         )
 
-    def look_up(self, ids: Tensor, buffers: LookupBuffers) -> int:
+    def look_up(self, ids: Tensor, buffers: LookupBuffers, live: Tensor | None) -> int:
         """Slots for ids, and what is missing. Rows of lookups that are still open stay where they are.
 
         Returns the lookup's number, for `ended`. TableError if the cache cannot hold on to what is open: the latest two
@@ -55,7 +54,7 @@ class CachedStore:
             )
         self._begun += 1
         self._open.append(self._begun)
-        self.cache.lookup(ids, buffers, span, self.live)
+        self.cache.lookup(ids, buffers, span, live)
         return self._begun
 
     def ended(self, number: int) -> None:

@@ -47,7 +47,7 @@ class _DiskRows:
 
     far: RowMemory | None = None
 
-    def __init__(self, store: DiskStore, ids: Tensor) -> None:
+    def __init__(self, store: DiskStore, ids: Tensor, live: Tensor | None) -> None:
         self._store = store
         self.near = store.cache.memory
         self._fetched = self._closed = False
@@ -57,25 +57,25 @@ class _DiskRows:
             miss_count=self._packet[:1], miss_rows=self._packet[1:]
         )
         self._host: _HostSide | None = None
-        self._number = store.look_up(ids, self._buffers)
+        self._number = store.look_up(ids, self._buffers, live)
         self.slots = self._buffers.slots
-        self._asked: Mark = None
+        self._launched: Mark = None
         if not store.side.capturing:
-            self.asked()
+            self.launched()
 
     @property
     def fetched(self) -> bool:
         """Within a capture nothing is computed yet; whoever replays the graph fetches."""
         return self._fetched or self._store.side.capturing
 
-    def asked(self) -> None:
-        self._asked = self._store.side.main_mark()
+    def launched(self) -> None:
+        self._launched = self._store.side.main_mark()
 
     def fetch(self) -> None:
         store = self._store
         host = self._host = self._host or _HostSide.of(len(self._packet), store.device)
         # Not after all that was launched: the other half is computing, and to wait for that would hide nothing.
-        with store.side.branch(self._asked):
+        with store.side.branch(self._launched):
             host.missing.copy_(self._packet, non_blocking=True)
         store.wait_for(store.side.mark())
         count = int(host.missing[0])
@@ -89,7 +89,7 @@ class _DiskRows:
         assert host is not None
         host.places[0] = m
         host.places[1 : 1 + m] = torch.from_numpy(places)
-        with store.side.branch(self._asked):  # who read these slots before did so before that
+        with store.side.branch(self._launched):  # who read these slots before did so before that
             host.places_there[: 1 + m].copy_(host.places[: 1 + m], non_blocking=True)
             store.cache.copy(
                 store.memory,
@@ -141,8 +141,8 @@ class DiskStore(CachedStore):
         assert self.on_disk is not None
         return super().stall_seconds + self.on_disk.stall_seconds
 
-    def begin(self, ids: Tensor) -> StoredRows:
-        return _DiskRows(self, ids)
+    def begin(self, ids: Tensor, live: Tensor | None) -> StoredRows:
+        return _DiskRows(self, ids, live)
 
     def bring(self, rows: Tensor, copy: _Copy) -> None:
         """Read rows int64 [m], on the host and different from each other, and call `copy` for each part of them.

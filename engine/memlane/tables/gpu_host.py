@@ -23,19 +23,19 @@ class _HostRows:
 
     fetched = True
 
-    def __init__(self, store: HostStore, ids: Tensor) -> None:
+    def __init__(self, store: HostStore, ids: Tensor, live: Tensor | None) -> None:
         self._store = store
         self.near = store.cache.memory
         self.far: RowMemory | None = store.memory
         self._buffers = store.buffers(len(ids))
-        self._number = store.look_up(ids, self._buffers)
+        self._number = store.look_up(ids, self._buffers, live)
         self.slots = self._buffers.slots
         self._closed = self._joined = False
         with store.side.branch():
             store.cache.fill(store.memory, self._buffers)
         self._filled = store.side.mark()
 
-    def asked(self) -> None:
+    def launched(self) -> None:
         """The side stream was told where it forks, within the graph if there is one."""
 
     def fetch(self) -> None:
@@ -69,8 +69,8 @@ class HostStore(CachedStore):
         self._host = host
         self.memory = host.memory
 
-    def begin(self, ids: Tensor) -> StoredRows:
-        return _HostRows(self, ids)
+    def begin(self, ids: Tensor, live: Tensor | None) -> StoredRows:
+        return _HostRows(self, ids, live)
 
     def tiers(self) -> list[TableStats]:
         return [self.first_tier("host", "host", "gpu+pinned", self._host.nbytes)]

@@ -42,8 +42,8 @@ class StoredRows(Protocol):
     def fetched(self) -> bool:
         """Whether the processor's part is done, or there is none."""
 
-    def asked(self) -> None:
-        """As `Lookup.asked`."""
+    def launched(self) -> None:
+        """As `Lookup.launched`."""
 
     def fetch(self) -> None:
         """The processor's part. Again at each replay of a graph that `begin` was captured in. RowReadError."""
@@ -66,7 +66,8 @@ class Store(Protocol):
     def stall_seconds(self) -> float:
         """As GpuTable has it."""
 
-    def begin(self, ids: Tensor) -> StoredRows: ...
+    def begin(self, ids: Tensor, live: Tensor | None) -> StoredRows:
+        """live: as GpuTable.begin has it."""
 
     def note_tokens(self, tokens: int) -> None: ...
 
@@ -88,7 +89,7 @@ class _Resident:
     def __init__(self, near: RowMemory, slots: Tensor) -> None:
         self.near, self.slots = near, slots
 
-    def asked(self) -> None:
+    def launched(self) -> None:
         """Nobody waits."""
 
     def fetch(self) -> None:
@@ -118,7 +119,7 @@ class DeviceStore:
     def stall_seconds(self) -> float:
         return 0.0
 
-    def begin(self, ids: Tensor) -> StoredRows:
+    def begin(self, ids: Tensor, live: Tensor | None) -> StoredRows:
         return _Resident(self._memory, ids)
 
     def note_tokens(self, tokens: int) -> None:

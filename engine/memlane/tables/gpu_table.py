@@ -67,8 +67,11 @@ class GpuTable:
         """That a lookup can take in one part, None: any number. Lookups in parts must not be open beside others."""
         return self.store.most_ids
 
-    def begin(self, ids: Tensor) -> GpuLookup:
-        """ids int32 or int64 [tokens, k] on the device: looks them up and starts what brings missing rows."""
+    def begin(self, ids: Tensor, live: Tensor | None = None) -> GpuLookup:
+        """ids int32 or int64 [tokens, k] on the device: looks them up and starts what brings missing rows.
+
+        live: as the protocol has it. ValueError where such ids would be looked up in parts.
+        """
         if self._closed:
             raise TableError(f"table {self.name!r} is closed")
         if ids.dtype not in (torch.int32, torch.int64) or ids.device.type != self.device.type:
@@ -77,7 +80,7 @@ class GpuTable:
             raise ValueError(f"ids must have 2 dimensions, not shape {list(ids.shape)}")
         if self.recorder is not None:
             self.recorder(ids.flatten().cpu().numpy())
-        return GpuLookup(self, ids.contiguous())
+        return GpuLookup(self, ids.contiguous(), live)
 
     def weighted_sum(self, ids: Tensor, weights: Tensor) -> Tensor:
         """ids [tokens, k], weights fp32 [tokens, k] -> fp32 [tokens, width]. RowReadError names rows and tokens."""
@@ -151,14 +154,18 @@ class GpuLookup:
     one after another: however full the cache's sets are, each row of a part then finds a slot.
     """
 
-    def __init__(self, table: GpuTable, ids: Tensor) -> None:
+    def __init__(self, table: GpuTable, ids: Tensor, live: Tensor | None) -> None:
         """Use GpuTable.begin. RuntimeError in a capture where there would be parts: the host must come in between."""
-        self._table, self._ids = table, ids
+        self._table, self._ids, self._live = table, ids, live
         self._tokens, self._k = ids.shape
         most = table.store.most_ids
         self._step = max(1, self._tokens if most is None else most // max(1, self._k))
         if self.in_parts and table.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"table {table.name!r}: {ids.numel()} ids are looked up in parts")
+        if self.in_parts and live is not None:
+            raise ValueError(
+                f"table {table.name!r}: {ids.numel()} ids of a padded batch are looked up in parts"
+            )
         self._kernels = row_kernels(table.device)
         self._ended = False
         self._rows: StoredRows | None = None  # of the part that is open
@@ -172,9 +179,9 @@ class GpuLookup:
         """Whether there is more than one part: a graph cannot be captured of that."""
         return self._step < self._tokens
 
-    def asked(self) -> None:
+    def launched(self) -> None:
         if self._latest is not None:
-            self._latest.asked()
+            self._latest.launched()
 
     def fetch(self) -> None:
         """Also after the end: a graph that was captured of this lookup is replayed over the same rows."""
@@ -220,7 +227,7 @@ class GpuLookup:
 
     def _open(self) -> None:
         part = self._ids[self._begin : self._begin + self._step]
-        self._rows = self._latest = self._table.store.begin(part.flatten())
+        self._rows = self._latest = self._table.store.begin(part.flatten(), self._live)
 
     def _bring(self, rows: StoredRows) -> None:
         try:

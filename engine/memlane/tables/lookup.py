@@ -74,7 +74,7 @@ class TableLookup:
         self._end(whole=lambda view, ids, begin: view.gather(ids, into[begin : begin + len(ids)]))
         return out
 
-    def asked(self) -> None:
+    def launched(self) -> None:
         """Nothing: rows are asked for at once."""
 
     def fetch(self) -> None:

@@ -16,7 +16,7 @@ class Lookup(Protocol):
     with tokens counted within this lookup, if some could not be read. What is no longer wanted must be closed.
     """
 
-    def asked(self) -> None:
+    def launched(self) -> None:
         """What asks for the rows has been given to the device. Whoever replays a graph that it was captured in says so, each
         time, before giving it anything else: `fetch` waits for no more than that."""
 
@@ -64,10 +64,13 @@ class Table(Protocol):
     def width(self) -> int:
         """Numbers in a row."""
 
-    def begin(self, ids: Tensor) -> Lookup:
+    def begin(self, ids: Tensor, live: Tensor | None = None) -> Lookup:
         """ids [tokens, k] -> a lookup whose missing rows are being read; does not wait for them.
 
         At most two lookups of a table are open at a time, and they end in the order in which they began.
+
+        live: int64 [1] on the table's device, where the last tokens of a batch are padding, copies of others: ids from
+        there on, counted over all tokens, are looked up but not counted.
         """
 
     def weighted_sum(self, ids: Tensor, weights: Tensor) -> Tensor:

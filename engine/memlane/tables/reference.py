@@ -30,7 +30,7 @@ class ReferenceLookup:
         """gelu(dot(x)) * weights. RuntimeError if the lookup has ended."""
         return F.gelu(self.dot(x)) * weights
 
-    def asked(self) -> None:
+    def launched(self) -> None:
         pass
 
     def fetch(self) -> None:
@@ -90,7 +90,7 @@ class ReferenceTable(nn.Module):
     def width(self) -> int:
         return self.weight.shape[1]
 
-    def begin(self, ids: Tensor) -> Lookup:
+    def begin(self, ids: Tensor, live: Tensor | None = None) -> Lookup:
         """ids [tokens, k], checked now (IndexError) -> a lookup that reads them when it ends."""
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.rows:
             raise IndexError(f"table {self.name!r} has {self.rows} rows; ids run {ids.min()} to {ids.max()}")

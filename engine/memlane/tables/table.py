@@ -160,11 +160,12 @@ class ValueTable:
     def placement(self) -> Placement:
         return "host" if self.cache is None else "disk"
 
-    def begin(self, ids: Tensor) -> TableLookup:
+    def begin(self, ids: Tensor, live: Tensor | None = None) -> TableLookup:
         """ids int32 or int64 [tokens, k]: looks them up, starts the reads of missing rows, and does not wait for them.
 
         The result's weighted_sum, dot, gather or wait ends the lookup, its close gives it up. Lookups end in the order
-        in which they began. IndexError: an id outside the table; nothing is read then.
+        in which they began. IndexError: an id outside the table; nothing is read then. live: ignored, on a CPU nothing is
+        padded.
         """
         flat = _ids(ids, 2)
         with self.busy() as view:
