@@ -88,7 +88,8 @@ def main() -> int:
         if len(stages) > 2:
             report(check, machine, stages)
     shutil.rmtree(check.models, ignore_errors=True)
-    report(check, machine, stages)
+    if any(stage.outcome == "failed" for stage in stages[:2]):
+        report(check, machine, stages)
     return 0 if all(stage.outcome != "failed" for stage in stages) else 1
 
 
