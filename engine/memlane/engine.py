@@ -274,17 +274,19 @@ class Engine:
         self.runner.warm_up(config.max_num_batched_tokens, self.max_model_len)
         if config.record_rows is not None:
             choices.note("CUDA graphs: off (what they read, padding included, is not to be recorded)")
-            return
-        placements = {table.placement for table in self.model.tables.values()}
-        graphs = choices.graphs()
-        self.runner.pad_decodes(
-            config.max_num_seqs,
-            self.max_model_len,
-            CudaCapture(self.device) if graphs else None,
-            cut="disk" in placements,
-            halves=bool(placements & {"host", "disk"}),
-            split=self.decode_split.wanted,
-        )
+        else:
+            placements = {table.placement for table in self.model.tables.values()}
+            self.runner.pad_decodes(
+                config.max_num_seqs,
+                self.max_model_len,
+                CudaCapture(self.device) if choices.graphs() else None,
+                cut="disk" in placements,
+                halves=bool(placements & {"host", "disk"}),
+                split=self.decode_split.wanted,
+            )
+        torch.cuda.synchronize(self.device)
+        for table in self.model.tables.values():
+            table.start_counting()
 
     def _most_half(self) -> int | None:
         """Tokens of one half of a step: two lookups of a table can be open only if each takes its ids in one part."""

@@ -193,6 +193,9 @@ def test_counters_of_each_tier_add_up(
     (stats,) = host.tiers()
     assert (stats.requested_rows, stats.hits, stats.unique_misses) == (64, 32, 32)
     assert stats.bytes_read == 32 * layout.stride
+    host.start_counting()
+    host.weighted_sum(ids, torch.ones(1, 32, device=device))
+    assert (host.stats().requested_rows, host.stats().hits, host.stats().used_slots) == (32, 32, 32)
     on_device = opened(layout, "device")
     on_device.note_tokens(3)
     assert (on_device.stats().requested_rows, on_device.stats().hits) == (24, 24)

@@ -31,6 +31,7 @@ class CachedStore:
         self._peek = new_stream(device, urgent=True)
         self._peeked = host_buffer((len(cache.counters),), torch.int64, device)
         self._forgotten = 0
+        self._before = CacheCounters(*[0] * len(CacheCounters._fields))
 
     def buffers(self, ids: int) -> LookupBuffers:
         """Uninitialised: the kernels write what is read of them."""
@@ -85,9 +86,14 @@ class CachedStore:
         self.cache.clear()
         self._forgotten = _placed(self.counts())
 
+    def start_counting(self) -> None:
+        """What was counted until now is not reported: it came from steps that nobody asked for."""
+        self._before = self.counts()
+
     def first_tier(self, placement: Placement, tier: str, backend: str, beside: int) -> TableStats:
         """beside: bytes the store holds in addition to the cache."""
-        c, cache = self.counts(), self.cache
+        counted, cache = self.counts(), self.cache
+        c = CacheCounters(*(now - before for now, before in zip(counted, self._before, strict=True)))
         return TableStats(
             name=self.layout.name,
             placement=placement,
@@ -105,7 +111,7 @@ class CachedStore:
             scratch_rows=c.num_conflict_unique_misses + c.num_in_place_misses,
             bytes_read=(c.num_unique_misses + c.num_in_place_misses) * self.layout.stride,
             cache_slots=cache.slots,
-            used_slots=_placed(c) - self._forgotten,
+            used_slots=_placed(counted) - self._forgotten,
             row_bytes=self.layout.stride,
             capacity_bytes=cache.slots * cache.memory.data.shape[1],
             resident_bytes=cache.nbytes + beside,

@@ -71,6 +71,8 @@ class Store(Protocol):
 
     def note_tokens(self, tokens: int) -> None: ...
 
+    def start_counting(self) -> None: ...
+
     def abandon(self) -> None: ...
 
     def tiers(self) -> list[TableStats]: ...
@@ -121,6 +123,9 @@ class DeviceStore:
 
     def begin(self, ids: Tensor, live: Tensor | None) -> StoredRows:
         return _Resident(self._memory, ids)
+
+    def start_counting(self) -> None:
+        """Tokens are noted only where somebody asked for them."""
 
     def note_tokens(self, tokens: int) -> None:
         self._steps += 1

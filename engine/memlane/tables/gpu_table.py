@@ -121,6 +121,10 @@ class GpuTable:
         """Time for which missing rows were waited for, or would have been had nothing else been done meanwhile."""
         return self.store.stall_seconds
 
+    def start_counting(self) -> None:
+        """Counters of the GPU's cache begin anew: after steps that only warmed kernels up."""
+        self.store.start_counting()
+
     def note_tokens(self, tokens: int) -> None:
         """So many tokens were computed with this table: what replayed graphs read is not seen otherwise."""
         self.store.note_tokens(tokens)
