@@ -134,7 +134,8 @@ def _step(gpu: FakeGpu, config: ModelConfig, rows: int) -> None:
     graphs._logits = torch.empty(rows, config.vocab_size, device="cuda")
     graphs._choices = torch.empty(256, dtype=torch.int64, device="cuda")
     token_ids, positions, slots = (torch.empty(rows, dtype=torch.int64, device="cuda") for _ in range(3))
-    batch: Any = argparse.Namespace(token_ids=token_ids, positions=positions, slots=slots)
+    live = torch.empty(1, dtype=torch.int64, device="cuda")
+    batch: Any = argparse.Namespace(token_ids=token_ids, positions=positions, slots=slots, live=live)
     gpu.launches.clear()
     pieces = graphs._pieces(batch, _Attention(gpu, cache, slots))
     try:

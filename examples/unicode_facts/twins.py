@@ -35,10 +35,10 @@ class AtHand(NamedTuple):
 class TrainingMemoryLayer(MemoryLayer):
     """The served layer with its look-up and weighted sum as one autograd function over a `TrainingTable`."""
 
-    def begin(self, x: Tensor) -> AtHand:
+    def begin(self, x: Tensor, asked: object = None, live: Tensor | None = None) -> AtHand:
         query = self.query(x).view(x.shape[0], self.config.num_heads, 2, -1)
         bag = ProductKeyRead.apply(query, self.keys, self._tables[0], self.config.knn)
-        return AtHand(self._project(bag, self.prepare(x).swilu, x.dtype))
+        return AtHand(self.project(bag, self.prepare(x), x.dtype))
 
 
 class TrainingLinear(nn.Linear):

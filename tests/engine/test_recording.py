@@ -31,7 +31,7 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The row ids that memory layers choose, lookup by lookup."""
     found: list[list[int]] = []
     lookup = MemoryLayer.choose

@@ -52,7 +52,7 @@ def test_logits_rows_and_memory_outputs(
     def watch(layer: int, memory: MemoryLayer) -> None:
         begin = memory.begin
 
-        def watched(x: Tensor) -> Pending:
+        def watched(x: Tensor, *, live: None) -> Pending:
             seen[layer] = x, begin(x).finish()
             return begin(x)
 

@@ -7,14 +7,15 @@ first launch, which must not be a captured one.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from memlane.kernels.aot import Compilation
 from memlane.kernels.jit import selection as jit
 
-__all__ = ["AOT", "Chosen", "Compilation", "choose", "fits", "select"]
+__all__ = ["AOT", "Chosen", "choose", "fits", "select"]
 
 _MAX_K = 128  # about k ln k pairs lie in registers
 _MAX_KEYS = 65536  # of a half: a row id has 32 bits
@@ -28,17 +29,6 @@ class Chosen(NamedTuple):
 
     ids: Tensor
     values: Tensor
-
-
-class Compilation(NamedTuple):
-    """A kernel as it is launched, to be compiled without a device."""
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    num_warps: int
-    maxnreg: int | None = None
 
 
 def fits(n: int, k: int) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memlane.kernels import RowMemory
 from memlane.kernels.choice import row_kernels
+from memlane.tables.at_once import AtOnce
 from memlane.tables.cache import Ids
 from memlane.tables.errors import RowReadError, TableError
 from memlane.tables.gpu_stores import Store, StoredRows
@@ -25,7 +26,7 @@ from memlane.tables.table import Placement, ValueTable
 __all__ = ["GpuLookup", "GpuTable"]
 
 
-class GpuTable:
+class GpuTable(AtOnce):
     """A table on a GPU, over a store that says where its rows are. One thread uses it; stats() and tiers() are anyone's.
 
     Row ids come from the model's own product keys and are not checked: looking at them would stop the GPU.
@@ -81,27 +82,6 @@ class GpuTable:
         if self.recorder is not None:
             self.recorder(ids.flatten().cpu().numpy())
         return GpuLookup(self, ids.contiguous(), live)
-
-    def weighted_sum(self, ids: Tensor, weights: Tensor) -> Tensor:
-        """ids [tokens, k], weights fp32 [tokens, k] -> fp32 [tokens, width]. RowReadError names rows and tokens."""
-        return self._once(ids, lambda lookup: lookup.weighted_sum(weights))
-
-    def dot(self, ids: Tensor, x: Tensor) -> Tensor:
-        """ids [tokens, k], x fp32 [tokens, width] -> fp32 [tokens, k]: each row with its token's x."""
-        return self._once(ids, lambda lookup: lookup.dot(x))
-
-    def gather(self, ids: Tensor) -> Tensor:
-        """ids [n] -> the rows as fp32 [n, width]."""
-        if ids.dim() != 1:
-            raise ValueError(f"ids must have 1 dimension, not shape {list(ids.shape)}")
-        return self._once(ids[:, None], lambda lookup: lookup.gather())
-
-    def _once(self, ids: Tensor, end: Callable[[GpuLookup], Tensor]) -> Tensor:
-        lookup = self.begin(ids)
-        try:
-            return end(lookup)
-        finally:
-            lookup.close()
 
     def start_warming(self, row_ids: Sequence[int] | NDArray[np.int64] | Tensor, pin: int = 0) -> None:
         """As ValueTable's, of the cache in RAM behind the GPU's; the latter fills as it is used."""

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memlane.native import RowView, SlotStates
+from memlane.tables.at_once import AtOnce
 from memlane.tables.cache import Ids, RowCache
 from memlane.tables.errors import TableError
 from memlane.tables.host_rows import HostRows
@@ -48,7 +49,7 @@ class Reading(NamedTuple):
 MOST_ROWS = (1 << 31) - 1  # slots are 32-bit numbers
 
 
-class ValueTable:
+class ValueTable(AtOnce):
     """A table opened for reading. Used by one thread at a time (TableError otherwise); stats() by any.
 
     Sums and products are taken in fp32, in the order k = 0..K-1, and are bit-identical whatever the placement, the
@@ -183,30 +184,6 @@ class ValueTable:
                         batch.close()
                     raise
             return lookup
-
-    def weighted_sum(self, ids: Tensor, weights: Tensor) -> Tensor:
-        """ids int32 or int64 [tokens, k], weights fp32 [tokens, k] -> fp32 [tokens, width], on the CPU.
-
-        IndexError: an id outside the table. RowReadError: rows could not be read; names rows and tokens.
-        """
-        return self._once(ids, lambda lookup: lookup.weighted_sum(weights))
-
-    def dot(self, ids: Tensor, x: Tensor) -> Tensor:
-        """ids int32 or int64 [tokens, k], x fp32 [tokens, width] -> fp32 [tokens, k]: each row with its token's x."""
-        return self._once(ids, lambda lookup: lookup.dot(x))
-
-    def gather(self, ids: Tensor) -> Tensor:
-        """ids int32 or int64 [n] -> the rows as fp32 [n, width]."""
-        if ids.dim() != 1:
-            raise ValueError(f"ids must have 1 dimension, not shape {list(ids.shape)}")
-        return self._once(ids[:, None], lambda lookup: lookup.gather())
-
-    def _once(self, ids: Tensor, end: Callable[[TableLookup], Tensor]) -> Tensor:
-        lookup = self.begin(ids)
-        try:
-            return end(lookup)
-        finally:
-            lookup.close()
 
     @contextmanager
     def busy(self, wait: bool = False) -> Iterator[RowView]:
