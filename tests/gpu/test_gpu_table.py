@@ -58,7 +58,9 @@ def opened(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
 
 
 @pytest.mark.parametrize("placement", ["host", "disk"])
-def test_what_is_said_to_be_enough_is(layouts: Callable[[RowFormat], TableLayout], placement: Placement) -> None:
+def test_what_is_said_to_be_enough_is(
+    layouts: Callable[[RowFormat], TableLayout], placement: Placement
+) -> None:
     """Whatever the table and the batch: a cache opens, takes no more than it was given, and a batch fits in one part."""
     rng = random.Random(seed := random.randrange(2**32))
     for _ in range(200):
@@ -69,7 +71,9 @@ def test_what_is_said_to_be_enough_is(layouts: Callable[[RowFormat], TableLayout
         )
         ids = rng.choice([0, 1, 32, 1_000, 20_000])
         given = least_cache_bytes(layout.rows, layout.stride, ids) + rng.choice([0, 1, 5_000])
-        cache = gpu_open._cache(layout, GpuTableOptions(torch.device("cpu"), placement, given, decode_ids=ids))
+        cache = gpu_open._cache(
+            layout, GpuTableOptions(torch.device("cpu"), placement, given, decode_ids=ids)
+        )
         assert cache.nbytes <= given, f"seed {seed}"
         assert cache.slots > 0
         assert cache.scratch >= ids
