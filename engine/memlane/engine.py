@@ -211,11 +211,12 @@ class Engine:
 
     def close(self) -> None:
         """Close the model's tables, and the record of rows; save what the row caches held for the next start."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # a step whose sequences ended meanwhile may still read rows
         self._warm_start.save()
         if self._recorder is not None:
             self._recorder.close()
+        if self.device.type == "cuda":
+            # A step whose sequences ended meanwhile may still read rows. Last: after a fault of the GPU it raises.
+            torch.cuda.synchronize(self.device)
         self.model.close()
 
     def _launch(self, plan: StepPlan) -> Launch:

@@ -75,12 +75,12 @@ def plan_gpu(config: EngineConfig, card: Card, needs: GpuNeeds, ram: int | None)
     Raises ConfigError, with the sum that does not fit.
     """
     budget = min(int(card.total * config.gpu_memory_utilization), card.free)
-    placement, why = _placement(config, needs, budget, ram)
+    kv_given = None if config.kv_cache == "auto" else parse_bytes(config.kv_cache, option="kv_cache")
+    placement, why = _placement(config, needs, kv_given, budget, ram)
     on_device = needs.tables if placement == "device" else 0
     rest = budget - needs.weights - needs.activations - on_device
     cached = placement != "device" and needs.tables > 0
     least = needs.least_row_cache if cached else 0
-    kv_given = None if config.kv_cache == "auto" else parse_bytes(config.kv_cache, option="kv_cache")
     rows_given = (
         None
         if config.gpu_row_cache == "auto" or not cached
@@ -93,15 +93,11 @@ def plan_gpu(config: EngineConfig, card: Card, needs: GpuNeeds, ram: int | None)
     if kv_given is not None:
         kv = kv_given
     else:
-        kv = min(
-            needs.kv_wanted,
-            max(0, rest - (rows_given if rows_given is not None else rest // 2 if cached else 0)),
-        )
+        for_rows = rows_given if rows_given is not None else max(least, rest // 2) if cached else 0
+        kv = max(needs.least_kv, min(needs.kv_wanted, rest - for_rows))
     rows = rows_given if rows_given is not None else min(needs.tables + least, rest - kv) if cached else 0
-    if kv < needs.least_kv or rows < least or kv + rows > rest:
-        raise ConfigError(
-            _refusal(config, card, needs, budget, on_device, max(kv, needs.least_kv), max(rows, least))
-        )
+    if rows < least or kv + rows > rest:
+        raise ConfigError(_refusal(config, card, needs, budget, on_device, kv, max(rows, least)))
     lines = [
         f"placement: {placement} ({why})",
         f"GPU memory: {format_size(budget)} of the {format_size(card.total)} of {card.name} "
@@ -117,12 +113,15 @@ class _Placed(NamedTuple):
     why: str
 
 
-def _placement(config: EngineConfig, needs: GpuNeeds, budget: int, ram: int | None) -> _Placed:
+def _placement(
+    config: EngineConfig, needs: GpuNeeds, kv_given: int | None, budget: int, ram: int | None
+) -> _Placed:
     if config.placement != "auto":
         return _Placed(config.placement, "as asked")
     if needs.tables == 0:
         return _Placed("device", "there are no tables")
-    beside = needs.weights + needs.activations + min(needs.kv_wanted, budget // 4)
+    kv = max(needs.least_kv, min(needs.kv_wanted, budget // 4)) if kv_given is None else kv_given
+    beside = needs.weights + needs.activations + kv
     size = format_size(needs.tables)
     if needs.tables + beside <= budget:
         return _Placed("device", f"tables of {size} fit the GPU beside all else")

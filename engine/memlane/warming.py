@@ -42,7 +42,7 @@ class WarmStart:
         self._states = {table.name: _state_path(table) for table in self._tables}
         self._wanted = config.warm_start
         self._saved = time.monotonic()
-        self._calls_saved = 0
+        self._calls_saved = self._calls()  # steps that warmed a GPU up are no use of a cache
         for table in self._tables:
             self._begin(table, config, model)
         if config.warm_wait:
@@ -62,7 +62,7 @@ class WarmStart:
     def save(self) -> None:
         """Saves what the caches hold. Where that fails it is logged, and the next start is a colder one."""
         self._saved = time.monotonic()
-        calls = sum(table.stats().calls for table in self._tables)
+        calls = self._calls()
         if self._wanted == "off" or calls == self._calls_saved:
             return
         self._calls_saved = calls
@@ -73,6 +73,9 @@ class WarmStart:
                 _forget_old_states(path.parent)
             except OSError as error:
                 logger.warning("table %s: what its cache held is not saved: %s", table.name, error)
+
+    def _calls(self) -> int:
+        return sum(table.stats().calls for table in self._tables)
 
     def _begin(self, table: ValueTable, config: EngineConfig, model: LoadedModel) -> None:
         hot = model.hot_rows.get(table.name)

@@ -215,6 +215,25 @@ def test_greedy_tokens_of_an_engine(make: type[TwinCapture | TapeCapture], cut: 
         assert tiny.tokens(answers[name]) == tiny.greedy_naive(ids, 4 + i)
 
 
+@modes
+@captures
+def test_greedy_tokens_of_an_engine_a_step_ahead(
+    make: type[TwinCapture | TapeCapture], cut: bool, halves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs for longer sequences are captured while tokens that a graph chose are still expected: to capture is to run."""
+    e = tiny.engine({"values": staged(cut)}, max_num_seqs=6, lookahead=True)
+    monkeypatch.setattr(e.runner.attention, "bound", lambda longest, most: min(most, -(-longest // 4) * 4))
+    e.runner.pad_decodes(6, e.max_model_len, make(), cut=cut, halves=halves)
+    early = len(captured(e.runner))
+    prompts = {f"r{i}": tiny.prompt(3 + i % 9, i) for i in range(9)}
+    for i, (name, ids) in enumerate(prompts.items()):
+        e.add(tiny.request(name, ids, tiny.greedy(max_tokens=4 + i)))
+    answers = tiny.run(e)
+    assert len(captured(e.runner)) > early
+    for i, (name, ids) in enumerate(prompts.items()):
+        assert tiny.tokens(answers[name]) == tiny.greedy_naive(ids, 4 + i)
+
+
 # --- in an order that hides the host's part ---
 
 

@@ -101,3 +101,19 @@ def test_answers_go_on_when_the_limit_is_reached(
         assert llm.generate(prompts, tiny.greedy(), use_tqdm=False)[0].outputs[0].token_ids == expected
     assert [r.message for r in caplog.records if "recording rows ends" in r.message]
     assert list(read_trace(tmp_path / "rows")) == []
+
+
+def test_the_record_is_whole_after_a_fault_of_the_gpu(
+    model: Path, asked: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    llm = LLM(model, record_rows=str(tmp_path / "rows"))
+    llm.generate([tiny.prompt(9)], tiny.greedy(max_tokens=3), use_tqdm=False)
+    llm.engine.device = torch.device("cuda")
+    with pytest.raises(RuntimeError, match="illegal"):
+        llm.engine.close()
+    assert [record.ids.tolist() for record in read_trace(tmp_path / "rows")] == asked
+    llm.engine.model.close()

@@ -13,12 +13,14 @@ from pathlib import Path
 import demo
 import numpy as np
 import pytest
+import torch
 from demo import PAGE, TABLE, Asked
 from mounts import faulty_mount, mounted
 from running import REAL, Server
 
 from memlane.config import EngineConfig
 from memlane.engine import Engine
+from memlane.models.loading import TableOptions, load_model
 
 DISK = ("--placement", "disk", "--threads", "1", "--row-cache", "25%")
 SLOTS = 65_536 // 4
@@ -244,3 +246,17 @@ def test_the_state_belongs_to_the_file_that_was_served(tmp_path: Path, model: Pa
     engine = open_engine(model, warm_start="saved")
     assert engine.model.tables["values"].stats().warming_rows == 0, "another file has a state of its own"
     engine.close()
+
+
+def test_what_a_gpu_was_warmed_up_with_replaces_no_state(tmp_path: Path, model: Path, asked: Asked) -> None:
+    """Stopped before anybody asked for anything, it leaves what the last run knew."""
+    engine = open_engine(model)
+    use(engine, asked)
+    engine.close()
+    (state,) = states(tmp_path / "cache")
+    before = state.stat().st_mtime_ns
+    loaded = load_model(model, tables=TableOptions(placement="disk", cache_bytes=1 << 20))
+    loaded.tables["values"].gather(torch.arange(9))
+    assert loaded.tables["values"].stats().calls == 1
+    Engine(EngineConfig(model=str(model), placement="disk", warm_start="saved"), loaded).close()
+    assert state.stat().st_mtime_ns == before

@@ -5,8 +5,10 @@ On a CPU the same code runs over the twins of the kernels.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memlane.tables import RowFormat, RowReadError, TableError, TableLayout, ValueTable, write_table
+from memlane.tables import RowFormat, RowReadError, TableError, TableLayout, ValueTable, gpu_open, write_table
 from memlane.tables.gpu_open import GpuTableOptions, least_cache_bytes, open_gpu_table
 from memlane.tables.gpu_table import GpuTable
 from memlane.tables.table import Placement
@@ -53,6 +55,28 @@ def opened(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     yield open_table
     for table in tables:
         table.close()
+
+
+@pytest.mark.parametrize("placement", ["host", "disk"])
+def test_what_is_said_to_be_enough_is(
+    layouts: Callable[[RowFormat], TableLayout], placement: Placement
+) -> None:
+    """Whatever the table and the batch: a cache opens, takes no more than it was given, and a batch fits in one part."""
+    rng = random.Random(seed := random.randrange(2**32))
+    for _ in range(200):
+        row_format = rng.choice([RowFormat.INT4, RowFormat.INT8, RowFormat.BFLOAT16, RowFormat.FLOAT32])
+        width = 2 * rng.randint(1, 20)
+        layout = dataclasses.replace(
+            layouts(RowFormat.INT8), rows=rng.choice([1, 31, 33, 700, 99_999]), width=width, dtype=row_format
+        )
+        ids = rng.choice([0, 1, 32, 1_000, 20_000])
+        given = least_cache_bytes(layout.rows, layout.stride, ids) + rng.choice([0, 1, 5_000])
+        cache = gpu_open._cache(
+            layout, GpuTableOptions(torch.device("cpu"), placement, given, decode_ids=ids)
+        )
+        assert cache.nbytes <= given, f"seed {seed}"
+        assert cache.slots > 0
+        assert cache.scratch >= ids
 
 
 def batches(device: str, count: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -214,6 +214,21 @@ def test_a_lookup_that_is_given_up_is_waited_for(tmp_path: Path, simulation: Sim
         table.close()
 
 
+@pytest.mark.parametrize("placement", ["host", "disk"])
+def test_what_was_forgotten_is_known_once_it_is(
+    tmp_path: Path, simulation: Simulation, placement: Placement
+) -> None:
+    """Also rows of a lookup that is still to run: counters are read by a stream that waits for none."""
+    with torch.cuda.device(DEVICE):
+        table = a_table(tmp_path, placement, 64)
+        for first in range(3):
+            table.begin(torch.arange(first, first + 8).view(2, 4).to(DEVICE)).close()
+            table.abandon()
+            assert table.stats().used_slots == 0
+        counts_at_any_moment(table)  # the host has waited for the last reading of them
+        table.close()
+
+
 def test_a_lookup_in_parts_is_not_captured(
     tmp_path: Path, simulation: Simulation, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,13 +52,49 @@ def test_parts_never_exceed_what_may_be_used(
         return
     on_device = n.tables if plan.placement == "device" else 0
     assert n.weights + n.activations + on_device + plan.kv_cache + plan.row_cache <= budget
-    assert n.least_kv <= plan.kv_cache <= n.kv_wanted
+    assert n.least_kv <= plan.kv_cache <= max(n.kv_wanted, n.least_kv)
     assert (
         (plan.row_cache >= n.least_row_cache)
         if n.tables and plan.placement != "device"
         else plan.row_cache == 0
     )
     assert placement in ("auto", plan.placement)
+
+
+@given(
+    st.integers(0, 30), st.integers(1, 12), st.integers(1, 4), st.integers(0, 8), st.integers(1, 30),
+    st.sampled_from(["auto", "device", "host", "disk"]),
+)  # fmt: skip
+def test_what_fits_is_not_refused(
+    tables: int, kv: int, least_kv: int, least_rows: int, free: int, placement: Any
+) -> None:
+    n = needs(
+        tables=tables * GIB, kv_wanted=kv * GIB, least_kv=least_kv * GIB, least_row_cache=least_rows * GIB
+    )
+    card = Card("a card", 80 * GIB, free * GIB)
+    beside = n.weights + n.activations + n.least_kv
+    fits = {
+        "device": beside + n.tables <= card.free,
+        "host": beside + (n.least_row_cache if n.tables else 0) <= card.free,
+    }
+    fits["disk"], fits["auto"] = fits["host"], fits["host"]  # auto: of a card with RAM beside it
+    try:
+        plan = plan_gpu(config(placement=placement), card, n, 512 * GIB)
+    except ConfigError:
+        assert not fits[placement]
+    else:
+        assert fits[plan.placement]
+
+
+def test_tables_make_room_for_the_kv_cache_that_is_asked_for() -> None:
+    asked = plan_gpu(config(kv_cache="60GiB"), CARD, needs(), 500 * GIB)
+    assert (asked.placement, asked.kv_cache, asked.row_cache) == ("host", 60 * GIB, 10 * GIB)
+    little = plan_gpu(config(kv_cache="1GiB"), CARD, needs(tables=68 * GIB), 500 * GIB)
+    assert (little.placement, little.kv_cache) == ("device", GIB)
+
+
+def test_one_short_sequence_gets_the_least_there_is() -> None:
+    assert plan_gpu(config(), CARD, needs(kv_wanted=GIB // 2), None).kv_cache == GIB
 
 
 def test_tables_go_where_they_fit() -> None:

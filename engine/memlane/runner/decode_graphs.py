@@ -172,7 +172,12 @@ class DecodeGraphs:
                 self.backend.prepare(rows)
                 parts.append(Part(begin, partial(self._pieces, rows, attention)))
                 begin += rows.n
-            self._sets[key] = _Set(self._captured(key, parts), static)
+            # To capture is to run once, which chooses tokens in place of those that this very step may still need.
+            previous = self._previous.clone()
+            try:
+                self._sets[key] = _Set(self._captured(key, parts), static)
+            finally:
+                self._previous.copy_(previous)
         return self._sets[key]
 
     def _captured(self, key: _Key, parts: Sequence[Part]) -> Captured:

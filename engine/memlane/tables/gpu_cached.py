@@ -84,6 +84,9 @@ class CachedStore:
     def abandon(self) -> None:
         """All that is cached on the GPU is forgotten: rows of a lookup that broke off may have been found by another."""
         self.cache.clear()
+        cleared = self.side.main_mark()
+        if cleared is not None:
+            cleared.synchronize()  # what is still to run counts rows that are then forgotten, too
         self._forgotten = _placed(self.counts())
 
     def start_counting(self) -> None:
