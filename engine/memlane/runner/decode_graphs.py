@@ -27,6 +27,7 @@ from memlane.runner.captured import Captured, Cut, Eager, Part, Whole
 from memlane.runner.decode_batch import DecodeBatch, DecodeBatches
 from memlane.runner.graphs import Capture
 from memlane.runner.kv import KVCache
+from memlane.runner.overlap import MIN_SEQUENCES
 from memlane.runner.sampler import Greedy
 from memlane.scheduler import StepPlan
 from memlane.tables import RowReadError
@@ -36,7 +37,7 @@ __all__ = ["DecodeGraphs", "ladder"]
 logger = logging.getLogger(__name__)
 
 MOST = 512  # sequences of a batch that is captured: beyond, launching takes less time than computing
-MIN_HALVES = 16  # rows of a batch that is worth reading all weights twice for
+MIN_HALVES = MIN_SEQUENCES  # rows of a batch that may be worth reading all weights twice for
 
 
 def ladder(most: int) -> list[int]:
