@@ -102,8 +102,9 @@ def test_tokens_that_are_not_known_yet() -> None:
     known, later = sequence([0], 3), sequence([1], 3)
     placeholder = sequence([2], 3)
     placeholder.token_ids[2] = -1
+    later.expect(1)
     plan = make_plan([Chunk(s, p, 1, True) for s, p in ((known, 2), (later, 3), (placeholder, 2))])
-    batches.fill(plan, 4, {later: 1})
+    batches.fill(plan, 4)
     ids = batches.batch(4).token_ids
     assert ids.tolist() == [known.token_ids[2], -2, -1, -1]
     for dtype in (torch.int32, torch.int64):

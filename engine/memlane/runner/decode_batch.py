@@ -9,7 +9,6 @@ Host arrays hold the truth. Each step writes into them what changed, and sends t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memlane.scheduler import Sequence, StepPlan
+from memlane.scheduler import StepPlan
 
 __all__ = ["DecodeBatch", "DecodeBatches"]
 
@@ -137,18 +136,17 @@ class DecodeBatches:
         whole, middle, live = self.batch(n, longest), n // 2, self._device_numbers[3]
         return whole.part(0, middle, live[1:2]), whole.part(middle, n, live[2:3])
 
-    def fill(self, plan: StepPlan, n: int, pending: Mapping[Sequence, int] | None = None) -> int:
+    def fill(self, plan: StepPlan, n: int) -> int:
         """Take in a plan of single tokens, filled up to n rows. Returns the longest length, which `batch` must cover.
 
-        pending: for sequences that have no token yet at the planned position, the row in which the step before samples
-        it. The plan must not be empty, and must not have more than n chunks.
+        The plan must not be empty, and must not have more than n chunks.
         """
         chunks, live = plan.chunks, len(plan.chunks)
         assert plan.all_single, f"{live} chunks, of which {plan.singles} have one token"
         assert 0 < live <= n <= self.rows, f"{live} chunks into {n} of {self.rows} rows"
         if self._sent is not None:
             self._sent.synchronize()  # what the step before sent may not have left these arrays yet
-        self.tokens[:live] = [_token(chunk.sequence, chunk.start, pending or {}) for chunk in chunks]
+        self.tokens[:live] = [chunk.sequence.token_ids[chunk.start] for chunk in chunks]
         positions = self.positions[:live]
         positions[:] = [chunk.start for chunk in chunks]
         self.lengths[:live] = positions + 1
@@ -200,9 +198,3 @@ class DecodeBatches:
             self._device_tables[rows].copy_(self._tables[rows], non_blocking=True)
         if self._sent is not None:
             self._sent.record()
-
-
-def _token(sequence: Sequence, position: int, pending: Mapping[Sequence, int]) -> int:
-    """The token at that position, or what stands for it."""
-    known = sequence.token_ids
-    return known[position] if position < len(known) else -(pending[sequence] + 1)
