@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["Download", "upload"]
 
 
 def upload(
-    values: Sequence[float] | Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device
+    values: Sequence[float] | Sequence[Sequence[float]] | NDArray[np.int32],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     """These numbers as a tensor on the device, through pinned memory: from any other the host waits for the copy."""
     if device.type == "cpu":

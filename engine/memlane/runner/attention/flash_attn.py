@@ -13,6 +13,7 @@ from torch import Tensor
 from memlane.models import ModelConfig
 from memlane.models.attention import Attention
 from memlane.runner.attention.library import (
+    FLASH_HEAD_DIMS,
     DeviceStep,
     LibraryAttention,
     LibraryBackend,
@@ -44,11 +45,9 @@ class FlashAttnBackend(LibraryBackend):
 
     @staticmethod
     def supports(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str | None:
-        reason = refused(config, dtype, device)
+        reason = refused(config, dtype, device, FLASH_HEAD_DIMS)
         if reason is not None:
             return reason
-        if config.head_dim % 8 or config.head_dim > 256:
-            return f"it does not take heads of {config.head_dim}"
         return "it is not installed" if version_of("flash-attn") is None else None
 
     def attention(self, cache: KVCache, batch: Batch) -> Attention:

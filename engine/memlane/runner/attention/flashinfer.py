@@ -27,12 +27,12 @@ from memlane.runner.attention.library import (
     host_step,
     refused,
     running_sums,
-    to_device,
     version_of,
 )
 from memlane.runner.batch import Batch
 from memlane.runner.decode_batch import DecodeBatch
 from memlane.runner.kv import KVCache
+from memlane.runner.transfer import upload
 
 __all__ = ["FlashInferBackend"]
 
@@ -62,11 +62,9 @@ class FlashInferBackend(LibraryBackend):
 
     @staticmethod
     def supports(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str | None:
-        reason = refused(config, dtype, device)
+        reason = refused(config, dtype, device, _HEAD_DIMS)
         if reason is not None:
             return reason
-        if config.head_dim not in _HEAD_DIMS:
-            return f"it does not take heads of {config.head_dim}"
         return "it is not installed" if version_of("flashinfer-python") is None else None
 
     def attention(self, cache: KVCache, batch: Batch) -> Attention:
@@ -119,7 +117,7 @@ class FlashInferBackend(LibraryBackend):
         c = self.config
         return (
             torch.from_numpy(pages.indptr),
-            to_device(pages.indices, self.device),
+            upload(pages.indices, torch.int32, self.device),
             torch.from_numpy(pages.last),
             c.num_heads,
             c.num_kv_heads,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from importlib import metadata
 from typing import NamedTuple
 
@@ -17,8 +17,10 @@ from memlane.models.attention import Attention, Lines
 from memlane.runner.batch import Batch
 from memlane.runner.decode_batch import DecodeBatch
 from memlane.runner.kv import KVCache
+from memlane.runner.transfer import upload
 
 __all__ = [
+    "FLASH_HEAD_DIMS",
     "DeviceStep",
     "HostStep",
     "LibraryAttention",
@@ -28,9 +30,10 @@ __all__ = [
     "refused",
     "running_sums",
     "static_step",
-    "to_device",
     "version_of",
 ]
+
+FLASH_HEAD_DIMS = range(8, 257, 8)  # of FlashAttention 2
 
 _AMPERE = (8, 0)
 
@@ -66,14 +69,18 @@ class LibraryBackend(ABC):
         return most
 
 
-def refused(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why kernels of the FlashAttention family cannot serve a model; None if they can."""
+def refused(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, head_dims: Container[int]
+) -> str | None:
+    """Why kernels of the FlashAttention family, for heads of these sizes, cannot serve a model; None if they can."""
     if device.type != "cuda":
         return "it needs a CUDA device"
     if torch.cuda.get_device_capability(device) < _AMPERE:
         return "it needs compute capability 8.0"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it does not compute in {str(dtype).removeprefix('torch.')}"
+    if config.head_dim not in head_dims:
+        return f"it does not take heads of {config.head_dim}"
     return None
 
 
@@ -114,7 +121,7 @@ class DeviceStep(NamedTuple):
 
 def device_step(batch: Batch) -> DeviceStep:
     step, device = host_step(batch), batch.slots.device
-    cu_q, cu_k, lengths, tables = (to_device(numbers, device) for numbers in step)
+    cu_q, cu_k, lengths, tables = (upload(numbers, torch.int32, device) for numbers in step)
     max_q = max(prefill.end - prefill.begin for prefill in batch.prefills) if batch.prefills else 1
     return DeviceStep(batch.slots, cu_q, cu_k, lengths, tables, max_q, max(batch.lengths))
 
@@ -159,12 +166,6 @@ def running_sums(counts: list[int] | NDArray[np.int32]) -> NDArray[np.int32]:
     sums = np.zeros(len(counts) + 1, np.int32)
     np.cumsum(counts, out=sums[1:])
     return sums
-
-
-def to_device(numbers: NDArray[np.int32], device: torch.device) -> Tensor:
-    """A copy that the host does not wait for: it is sent from pinned memory, which torch keeps until it has left."""
-    host = torch.from_numpy(numbers)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.clone()
 
 
 def version_of(package: str) -> str | None:

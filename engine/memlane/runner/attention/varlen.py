@@ -16,6 +16,7 @@ from torch import Tensor
 from memlane.models import ModelConfig
 from memlane.models.attention import Attention
 from memlane.runner.attention.library import (
+    FLASH_HEAD_DIMS,
     DeviceStep,
     LibraryAttention,
     LibraryBackend,
@@ -48,11 +49,9 @@ class VarlenBackend(LibraryBackend):
 
     @staticmethod
     def supports(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str | None:
-        reason = refused(config, dtype, device)
+        reason = refused(config, dtype, device, FLASH_HEAD_DIMS)
         if reason is not None:
             return reason
-        if config.head_dim % 8 or config.head_dim > 256:
-            return f"it does not take heads of {config.head_dim}"
         try:
             from torch.nn.attention.varlen import varlen_attn
         except ImportError:
