@@ -13,7 +13,7 @@ from memlane.checkpoints.source import dense_shapes
 from memlane.choices import Choices, KVSize, available_memory
 from memlane.config import EngineConfig
 from memlane.errors import ConfigError
-from memlane.gpu_plan import Card, GpuNeeds, GpuPlan, activation_bytes, plan_gpu
+from memlane.gpu_plan import Card, GpuNeeds, activation_bytes, plan_gpu
 from memlane.kernels import device_stride
 from memlane.models import ModelConfig
 from memlane.models.loading import (
@@ -25,6 +25,7 @@ from memlane.models.loading import (
     table_bytes,
 )
 from memlane.runner import AttentionBackend, KVCache
+from memlane.tables import Placement
 from memlane.tables.gpu_open import least_cache_bytes
 
 __all__ = ["Started", "start"]
@@ -52,15 +53,8 @@ def start(config: EngineConfig, choices: Choices, model: LoadedModel | None = No
         return _start_on_gpu(config, choices, directory, device)
     if config.placement == "device":
         raise ConfigError("placement: device is the memory of a GPU, and the CPU computes here; use host")
-    size = table_bytes(directory)
-    tables = TableOptions(
-        placement=choices.placement(size, available_memory()),
-        cache_bytes=choices.cache_bytes(size),
-        policy=config.cache_policy,
-        io=config.table_io,
-        deadline=config.read_timeout,
-        shared=config.shared_tables,
-    )
+    placement = choices.placement(table_bytes(directory), available_memory())
+    tables = _tables(config, choices, directory, placement)
     loaded = load_model(directory, tables=tables, dtype=choices.dtype("cpu"), tokenizer=config.tokenizer)
     return start(config, choices, loaded)
 
@@ -75,26 +69,27 @@ def _start_on_gpu(config: EngineConfig, choices: Choices, directory: Path, devic
     for line in plan.lines:
         choices.note(line)
     kv = choices.kv_size(model, dtype, available_memory(), plan.kv_cache)  # before loading: it may refuse
-    loaded = load_model(
-        directory,
-        tables=_tables(config, choices, plan, device, directory),
-        dtype=name,
-        tokenizer=config.tokenizer,
-    )
+    gpu = GpuOptions(device, plan.row_cache, config.max_num_seqs)
+    tables = _tables(config, choices, directory, plan.placement, gpu)
+    loaded = load_model(directory, tables=tables, dtype=name, tokenizer=config.tokenizer)
     return Started(loaded, attention, kv)
 
 
 def _tables(
-    config: EngineConfig, choices: Choices, plan: GpuPlan, device: torch.device, directory: Path
+    config: EngineConfig,
+    choices: Choices,
+    directory: Path,
+    placement: Placement,
+    gpu: GpuOptions | None = None,
 ) -> TableOptions:
     return TableOptions(
-        placement=plan.placement,
+        placement=placement,
         cache_bytes=choices.cache_bytes(table_bytes(directory)),
         policy=config.cache_policy,
         io=config.table_io,
         deadline=config.read_timeout,
         shared=config.shared_tables,
-        gpu=GpuOptions(device, plan.row_cache, config.max_num_seqs),
+        gpu=gpu,
     )
 
 
