@@ -107,9 +107,10 @@ class LookupBuffers(NamedTuple):
 
     @classmethod
     def of(cls, ids: int, device: torch.device | str) -> LookupBuffers:
+        """Uninitialised: a lookup writes what is read of them."""
         return cls(
-            torch.zeros(ids, dtype=torch.int32, device=device),
-            torch.zeros(ids, dtype=torch.int64, device=device),
-            torch.zeros(ids, dtype=torch.int32, device=device),
-            torch.zeros(1, dtype=torch.int64, device=device),
+            torch.empty(ids, dtype=torch.int32, device=device),
+            torch.empty(ids, dtype=torch.int64, device=device),
+            torch.empty(ids, dtype=torch.int32, device=device),
+            torch.empty(1, dtype=torch.int64, device=device),
         )

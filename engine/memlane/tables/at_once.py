@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol
 
@@ -22,12 +23,12 @@ class _Lookup(Protocol):
     def close(self) -> None: ...
 
 
-class AtOnce:
+class AtOnce(ABC):
     """A table by its `begin`. Ids are int32 or int64, on the table's device, as weights, x and results are."""
 
+    @abstractmethod
     def begin(self, ids: Tensor, live: Tensor | None = None) -> _Lookup:
         """The table's own."""
-        raise NotImplementedError
 
     def weighted_sum(self, ids: Tensor, weights: Tensor) -> Tensor:
         """ids [tokens, k], weights fp32 [tokens, k] -> fp32 [tokens, width].

@@ -33,15 +33,6 @@ class CachedStore:
         self._forgotten = 0
         self._before = CacheCounters(*[0] * len(CacheCounters._fields))
 
-    def buffers(self, ids: int) -> LookupBuffers:
-        """Uninitialised: the kernels write what is read of them."""
-        return LookupBuffers(
-            slots=torch.empty(ids, dtype=torch.int32, device=self.device),
-            miss_rows=torch.empty(ids, dtype=torch.int64, device=self.device),
-            miss_slots=torch.empty(ids, dtype=torch.int32, device=self.device),
-            miss_count=torch.empty(1, dtype=torch.int64, device=self.device),
-        )
-
     def look_up(self, ids: Tensor, buffers: LookupBuffers, live: Tensor | None) -> int:
         """Slots for ids, and what is missing. Rows of lookups that are still open stay where they are.
 

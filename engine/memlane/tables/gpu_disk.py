@@ -53,7 +53,7 @@ class _DiskRows:
         self._fetched = self._closed = False
         # One copy each way: the number of missing rows, then the rows; what lies behind them is not looked at.
         self._packet = torch.empty(1 + len(ids), dtype=torch.int64, device=store.device)
-        self._buffers = store.buffers(len(ids))._replace(
+        self._buffers = store.cache.buffers(len(ids))._replace(
             miss_count=self._packet[:1], miss_rows=self._packet[1:]
         )
         self._host: _HostSide | None = None

@@ -27,7 +27,7 @@ class _HostRows:
         self._store = store
         self.near = store.cache.memory
         self.far: RowMemory | None = store.memory
-        self._buffers = store.buffers(len(ids))
+        self._buffers = store.cache.buffers(len(ids))
         self._number = store.look_up(ids, self._buffers, live)
         self.slots = self._buffers.slots
         self._closed = self._joined = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -53,8 +54,9 @@ def open_gpu_table(
 ) -> GpuTable:
     """Opens a table for a GPU (or, with the kernels' twins, for the CPU: for tests).
 
-    ram_cache_bytes: of rows kept in pinned RAM where the table stays on disk. A table on the host or on disk never lies in GPU memory, not even in
-    passing. Raises OSError, TableFormatError, TableError (also where memory cannot be pinned), RowReadError, MemoryError.
+    ram_cache_bytes: of rows kept in pinned RAM where the table stays on disk. A table on the host or on disk never lies
+    in GPU memory, not even in passing. Raises OSError, TableFormatError, TableError (also where memory cannot be pinned),
+    RowReadError, MemoryError.
     """
     if layout.rows > MOST_ROWS:
         raise TableError(f"table {layout.name!r}: {layout.rows} rows; at most {MOST_ROWS} are supported")
@@ -70,12 +72,12 @@ def least_cache_bytes(rows: int, stride: int, decode_ids: int) -> int:
 def _store(layout: TableLayout, options: GpuTableOptions, reading: Reading, ram_cache_bytes: int) -> Store:
     device = options.device
     if options.placement == "disk":
-        table = ValueTable.open(layout, "disk", ram_cache_bytes, **reading._asdict())
-        try:
-            return DiskStore(layout, _cache(layout, options), table, device, link_speed(device))
-        except BaseException:
-            table.close()
-            raise
+        with ExitStack() as opened:
+            table = ValueTable.open(layout, "disk", ram_cache_bytes, **reading._asdict())
+            opened.callback(table.close)
+            on_disk = DiskStore(layout, _cache(layout, options), table, device, link_speed(device))
+            opened.pop_all()  # the table is the store's now
+            return on_disk
     source = FileSource(layout, io=reading.io, merge_gap=reading.merge_gap, deadline=reading.deadline)
     try:
         if options.placement == "device":
@@ -83,13 +85,13 @@ def _store(layout: TableLayout, options: GpuTableOptions, reading: Reading, ram_
         host = HostRows(layout, source, stride=device_stride(layout.stride), shared=options.shared)
     finally:
         source.close()
-    try:
+    with ExitStack() as opened:
+        opened.callback(host.close)
         if device.type == "cuda":
             host.pin(device)
-        return HostStore(layout, _cache(layout, options), host, device, link_speed(device))
-    except BaseException:
-        host.close()
-        raise
+        on_host = HostStore(layout, _cache(layout, options), host, device, link_speed(device))
+        opened.pop_all()
+        return on_host
 
 
 def _load(layout: TableLayout, source: FileSource, device: torch.device) -> RowMemory:
